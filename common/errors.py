@@ -1,0 +1,150 @@
+"""
+Every error that Shiftworker raises, and whether a retry helps.
+
+    ShiftworkerError
+    ├── Refused                 the job itself is at fault: a retry cannot help
+    │   ├── InvalidRequest          the body is no request we understand
+    │   ├── UnknownModel            no such model in the catalogue, or none that can do this
+    │   └── PromptTooLong           the prompt is longer than the model's length
+    ├── Unavailable             the job is fine, something under it is not: a retry helps
+    │   ├── RedisUnavailable        nobody answers at the Redis address
+    │   ├── EngineNotReady          the model's engine is not (or no longer) ready
+    │   ├── EngineDied              the engine's process ended under the job
+    │   ├── EngineTimeout           the engine did not answer in time
+    │   ├── LoadFailed              the engine did not come up, or its canary did not answer
+    │   └── LoadRefused             too hot, too much power, or too little free memory to load now
+    ├── Stopped                 the job was ended on purpose: a retry is the producer's choice
+    │   ├── JobCancelled            somebody cancelled it
+    │   └── DeadlineExceeded        its deadline passed
+    ├── AttemptsExhausted       the engine died under the job too often: set aside
+    └── Misconfigured           the operator must change something first
+        ├── BadSetting              a setting has a value that is not allowed
+        ├── BadCatalogue            models.toml does not say what it must
+        ├── ModelMissing            the model's files are not where the catalogue says
+        ├── DoesNotFit              the model needs more memory than there is
+        └── EngineMissing           the engine's program is not installed here
+
+An error says what happened, where, and what to do. It travels through Celery's JSON as its class name
+and its one argument, the message; so constructors take the message alone.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ShiftworkerError(Exception):
+    """The root of the tree; `retry_helps` says whether the same call may succeed later."""
+
+    retry_helps: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    @property
+    def kind(self) -> str:
+        """The class name: what is stored in an outcome and matched by producers."""
+        return type(self).__name__
+
+
+class Refused(ShiftworkerError):
+    """The job itself is at fault; sending it again unchanged ends the same way."""
+
+
+class InvalidRequest(Refused):
+    """The body is no chat-completions, completions or embeddings body."""
+
+
+class UnknownModel(Refused):
+    """The job names a model that the catalogue does not have, or asks what no model can do."""
+
+
+class PromptTooLong(Refused):
+    """The prompt does not fit into the model's context length."""
+
+
+class Unavailable(ShiftworkerError):
+    """The job is fine; something it needs is away for now."""
+
+    retry_helps = True
+
+
+class RedisUnavailable(Unavailable):
+    """Nobody answers at the Redis address."""
+
+
+class EngineNotReady(Unavailable):
+    """The engine of the job's model is not ready; the job goes back to its queue."""
+
+
+class EngineDied(Unavailable):
+    """The engine's process ended while it worked on the job."""
+
+
+class EngineTimeout(Unavailable):
+    """The engine did not answer within the time allowed."""
+
+
+class LoadFailed(Unavailable):
+    """The engine did not become ready: it ended, hung, or failed its canary prompt."""
+
+
+class LoadRefused(Unavailable):
+    """The hardware says no for now: temperature, power, or free memory."""
+
+
+class Stopped(ShiftworkerError):
+    """The job was ended on purpose."""
+
+
+class JobCancelled(Stopped):
+    """Somebody cancelled the job."""
+
+
+class DeadlineExceeded(Stopped):
+    """The job's deadline or time limit passed."""
+
+
+class AttemptsExhausted(ShiftworkerError):
+    """The engine died under this job as often as is allowed; it is not tried again."""
+
+
+class Misconfigured(ShiftworkerError):
+    """The operator must change something before this can work."""
+
+
+class BadSetting(Misconfigured):
+    """An environment variable holds a value that is not allowed."""
+
+
+class BadCatalogue(Misconfigured):
+    """A catalogue file cannot be read as a catalogue."""
+
+
+class ModelMissing(Misconfigured):
+    """The model's files are not where the catalogue or VLLM_MODEL says."""
+
+
+class DoesNotFit(Misconfigured):
+    """The model needs more memory than the machine has; the message shows the arithmetic."""
+
+
+class EngineMissing(Misconfigured):
+    """The program that runs this kind of model is not installed."""
+
+
+def error_for(kind: str, message: str) -> ShiftworkerError:
+    """
+    Build the error whose class is named *kind*; an unknown name gives the root class.
+
+    The way back from a stored outcome to something a producer can catch.
+    """
+    return _BY_KIND.get(kind, ShiftworkerError)(message)
+
+
+def _descendants(cls: type[ShiftworkerError]) -> list[type[ShiftworkerError]]:
+    return [cls, *(found for child in cls.__subclasses__() for found in _descendants(child))]
+
+
+_BY_KIND = {cls.__name__: cls for cls in _descendants(ShiftworkerError)}

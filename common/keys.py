@@ -1,0 +1,89 @@
+"""
+Every Redis key, queue and task name, and what lies under each: the map of our Redis.
+
+Celery's and kombu's own keys stand at the end, because the transport and the lease share them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# --- Tasks: the names a producer or an operator sends by -----------------------------------------------
+
+SUBMIT_TASK: Final = "shiftworker.submit"
+GENERATE_TASK: Final = "shiftworker.generate"
+SWITCH_TASK: Final = "shiftworker.switch"
+
+# --- Queues (Celery lists) -----------------------------------------------------------------------------
+
+SUBMIT_QUEUE: Final = "shiftworker"  # where producers put jobs; the router reads it
+MODEL_QUEUE_PREFIX: Final = "model."
+
+
+def model_queue(model_id: str) -> str:
+    """The queue of one model's routed jobs; consumed only while that model is ready."""
+    return f"{MODEL_QUEUE_PREFIX}{model_id}"
+
+
+def control_queue(worker: str) -> str:
+    """The queue of one worker's switch tasks."""
+    return f"control.{worker}"
+
+
+# --- Jobs ----------------------------------------------------------------------------------------------
+
+_PREFIX: Final = "shiftworker:"
+
+
+def job(job_id: str) -> str:
+    """Hash: state, model, complexity, why, queued_at, attempts, engine_deaths, claim (a delivery tag)."""
+    return f"{_PREFIX}job:{job_id}"
+
+
+def outcome(job_id: str) -> str:
+    """String: the result of record, an Outcome as JSON. Written once (SET NX), kept until it expires."""
+    return f"{_PREFIX}outcome:{job_id}"
+
+
+def cancel(job_id: str) -> str:
+    """String: "1" when somebody asked for the job to be cancelled; expires with the job."""
+    return f"{_PREFIX}cancel:{job_id}"
+
+
+# --- Workers and hardware ------------------------------------------------------------------------------
+
+FLEET: Final = f"{_PREFIX}fleet"  # hash: worker -> Offer as JSON; the last known, also of a worker now away
+
+
+def status(worker: str) -> str:
+    """String with a lifetime: the HardwareStatus of one worker as JSON. Gone = the worker is gone."""
+    return f"{_PREFIX}status:{worker}"
+
+
+STATUS_CHANNEL: Final = f"{_PREFIX}status"  # pub/sub: every HardwareStatus as it is published
+STATUS_STREAM: Final = f"{_PREFIX}status-log"  # capped stream, field "status": the same, to look back
+
+
+def switch_epoch(worker: str) -> str:
+    """Integer: the number of the newest switch asked of a worker; older switch tasks do nothing."""
+    return f"{_PREFIX}epoch:{worker}"
+
+
+def switch_log(worker: str) -> str:
+    """Capped list: the worker's last switches, each a SwitchRecord as JSON, newest first."""
+    return f"{_PREFIX}switches:{worker}"
+
+
+# --- Delivery: shared by the transport and the lease ---------------------------------------------------
+
+
+def lease(owner: str) -> str:
+    """String with a lifetime: one process says "I live". *owner* names one start of one process."""
+    return f"{_PREFIX}lease:{owner}"
+
+
+UNACKED: Final = "unacked"  # kombu's hash: delivery tag -> [message, exchange, routing key]
+UNACKED_INDEX: Final = "unacked_index"  # kombu's sorted set: delivery tag -> time of delivery or renewal
+UNACKED_OWNER: Final = "unacked_owner"  # ours, hash: delivery tag -> owner
+WAKE: Final = f"{_PREFIX}wake"  # ours, tiny capped stream: a push happened somewhere, look again
+MALFORMED: Final = f"{_PREFIX}malformed"  # ours, list: queue entries that are no messages at all

@@ -1,0 +1,357 @@
+"""
+What travels through Redis: the request, the outcome, the offer of a worker, the hardware's status.
+
+Pydantic models at the edge of the system; sizes in bytes, times in seconds, moments as aware UTC.
+A reader ignores fields it does not know, so that old and new programs can share one Redis.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import InvalidRequest, ShiftworkerError, error_for
+
+AUTO = "auto"
+
+
+def utc_now() -> datetime:
+    """Now, as an aware UTC moment; the one place where stored times come from."""
+    return datetime.now(UTC)
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+# --- The job's way in ----------------------------------------------------------------------------------
+
+
+class BodyKind(StrEnum):
+    """Which OpenAI endpoint the body belongs to; the value is the endpoint's path."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETION = "/v1/completions"
+    EMBEDDING = "/v1/embeddings"
+
+
+class JobRequest(BaseModel):
+    """
+    One job: an OpenAI body (chat completions, completions or embeddings) and a few fields of ours.
+
+    Every field that is not listed here belongs to OpenAI's body and reaches the engine unchanged.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    # OpenAI's: exactly one of the three says what kind of body this is.
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    prompt: str | list[Any] | None = None
+    input: str | list[Any] | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    # Ours.
+    model: str = Field(default=AUTO, min_length=1, max_length=200)
+    task_type: str | None = Field(default=None, max_length=100)
+    priority: int = Field(default=3, ge=0, le=9, description="0 is served first")
+    deadline: AwareDatetime | None = Field(default=None, description="ISO 8601 or Unix seconds")
+    latency_sensitive: bool = True
+    privacy_required: bool = True
+    tenant: str = Field(default="default", max_length=100)
+    idempotency_key: str | None = Field(default=None, max_length=200)
+    webhook: str | None = Field(default=None, max_length=2000)
+
+    @classmethod
+    def parse(cls, body: object) -> Self:
+        """
+        Read *body* as a request.
+
+        Raises
+        ------
+        InvalidRequest
+            Names each field that is wrong and what is allowed there.
+        """
+        if not isinstance(body, dict):
+            raise InvalidRequest(
+                f"The job's body is {type(body).__name__}, not an object. Send an OpenAI chat-completions "
+                'body, for example {"messages": [{"role": "user", "content": "Hello"}]}.'
+            )
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            raise InvalidRequest(f"The job's body is not valid: {_problems(error)}.") from None
+
+    @model_validator(mode="after")
+    def _exactly_one_kind(self) -> Self:
+        given = [name for name in ("messages", "prompt", "input") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "exactly one of messages (chat), prompt (completion) or input (embedding) is needed, "
+                f"found {' and '.join(given) or 'none'}"
+            )
+        for position, message in enumerate(self.messages or ()):
+            if not isinstance(message.get("role"), str):
+                raise ValueError(f'messages[{position}] has no "role"')  # noqa: TRY004 - pydantic wants it
+        return self
+
+    @property
+    def kind(self) -> BodyKind:
+        """Which endpoint the body belongs to."""
+        if self.messages is not None:
+            return BodyKind.CHAT
+        return BodyKind.COMPLETION if self.prompt is not None else BodyKind.EMBEDDING
+
+    @property
+    def text(self) -> str:
+        """All text of the prompt, for scoring and for counting; images and token ids count nothing."""
+        if self.messages is not None:
+            return "\n".join(part for message in self.messages for part in _texts(message.get("content")))
+        return "\n".join(_texts(self.prompt if self.prompt is not None else self.input))
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The longest answer the producer allows, in tokens; None if the body does not say."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def engine_body(self, served_model: str) -> dict[str, Any]:
+        """
+        Build the body for the engine: OpenAI's fields as they came, the model resolved, not streamed.
+
+        The result is stored whole, so `stream` is switched off here whatever the producer wrote.
+        """
+        ours = {
+            "model", "task_type", "priority", "deadline", "latency_sensitive", "privacy_required", "tenant",
+            "idempotency_key", "webhook", "stream", "stream_options",
+        }  # fmt: skip
+        body = self.model_dump(mode="json", exclude_none=True, exclude=ours)
+        return {**body, "model": served_model, "stream": False}
+
+
+def _texts(content: object) -> list[str]:
+    """Every piece of text in an OpenAI content: a string, or a list of strings and {"text": ...} parts."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        return []
+    found = (part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, str | dict))
+    return [text for text in found if isinstance(text, str)]
+
+
+def _problems(error: ValidationError) -> str:
+    """Pydantic's findings on one line: where, what."""
+    return "; ".join(
+        f"{'.'.join(str(step) for step in found['loc']) or 'body'}: {found['msg'].removeprefix('Value error, ')}"
+        for found in error.errors(include_url=False, include_input=False)
+    )
+
+
+# --- The job's way through -----------------------------------------------------------------------------
+
+
+class JobState(StrEnum):
+    """Where a job is. The last four are ends: an outcome is stored and never changes."""
+
+    UNKNOWN = "unknown"  # nobody has seen this id, or it has expired
+    QUEUED = "queued"  # the router has seen it and not yet chosen
+    ROUTED = "routed"  # it waits in its model's queue
+    RUNNING = "running"  # an engine works on it
+    ANSWERED = "answered"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Route(_Stored):
+    """The router's answer: which model takes the job, and why."""
+
+    model: str
+    complexity: float = Field(ge=0, le=1)
+    why: str
+
+
+class Ledger(_Stored):
+    """What became of the job on its way; None where nobody measured it."""
+
+    model: str | None = None
+    complexity: float | None = None
+    why: str | None = None
+    worker: str | None = None
+    attempt: int = 0
+    queued_at: AwareDatetime | None = None
+    finished_at: AwareDatetime | None = None
+    waited_s: float | None = Field(default=None, description="from the router to the start of the run")
+    switch_s: float | None = Field(default=None, description="the part of waited_s spent in a switch")
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    run_s: float | None = Field(default=None, description="in the engine: prefill, decode and its own queue")
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class ErrorBody(_Stored):
+    """Why there is no answer."""
+
+    kind: str
+    message: str
+    retry_helps: bool
+
+    @classmethod
+    def of(cls, error: ShiftworkerError) -> Self:
+        """Describe *error* for storage."""
+        return cls(kind=error.kind, message=error.message, retry_helps=error.retry_helps)
+
+    def as_exception(self) -> ShiftworkerError:
+        """Give back the error that was stored, to be raised again."""
+        return error_for(self.kind, self.message)
+
+
+class Outcome(_Stored):
+    """The result of record: exactly one per job, written once."""
+
+    job_id: str
+    state: Literal[JobState.ANSWERED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED]
+    response: dict[str, Any] | None = Field(default=None, description="OpenAI's response; only if answered")
+    error: ErrorBody | None = Field(default=None, description="only if not answered")
+    ledger: Ledger = Ledger()
+
+    @property
+    def answer(self) -> str | None:
+        """The text of the first choice; None for embeddings and for jobs without an answer."""
+        choices = (self.response or {}).get("choices") or [{}]
+        first: dict[str, Any] = choices[0]
+        text = (first.get("message") or {}).get("content", first.get("text"))
+        return text if isinstance(text, str) else None
+
+    def result(self) -> dict[str, Any]:
+        """What Celery's `AsyncResult.get()` returns: OpenAI's response, and the ledger beside it."""
+        return {**(self.response or {}), "ledger": self.ledger.model_dump(mode="json")}
+
+
+class JobView(_Stored):
+    """What is known of a job that may not have ended yet."""
+
+    job_id: str
+    state: JobState
+    model: str | None = None
+    complexity: float | None = None
+    why: str | None = None
+    queued_at: AwareDatetime | None = None
+    attempts: int = 0
+
+
+# --- What a worker offers ------------------------------------------------------------------------------
+
+
+class OfferedModel(_Stored):
+    """A model that a worker can serve, as the router needs to know it."""
+
+    id: str
+    aliases: tuple[str, ...] = ()
+    tier: int = Field(description="1 is the smallest; the order of the cascade")
+    complexity_up_to: float = Field(description="the hardest job that this model is trusted with")
+    max_model_len: int = Field(description="tokens of prompt and answer together")
+    capabilities: tuple[str, ...] = ()
+    auto: bool = Field(default=True, description='may the router choose it for "auto"?')
+
+
+class Offer(_Stored):
+    """Everything one worker can serve; the last offer is kept when the worker is away."""
+
+    worker: str
+    models: tuple[OfferedModel, ...]
+    at: AwareDatetime
+
+
+# --- Hardware status: a contract with whoever watches ---------------------------------------------------
+
+
+class GpuStatus(_Stored):
+    """One card; None where the driver does not say."""
+
+    index: int
+    uuid: str | None
+    name: str
+    total_bytes: int
+    used_bytes: int | None
+    free_bytes: int | None
+    utilization: float | None = Field(description="0 to 1")
+    temperature_c: float | None
+    power_w: float | None
+    power_limit_w: float | None
+    sm_clock_mhz: int | None
+    throttle_reasons: tuple[str, ...] = ()
+    processes: dict[int, int] = Field(default_factory=dict, description="pid -> bytes")
+
+
+class SwitchStage(StrEnum):
+    """The stages of a switch, in order; FAILED may follow any."""
+
+    DRAINING = "draining"  # jobs in flight end, nothing new is taken
+    UNLOADING = "unloading"  # the old engine's process ends, its memory is seen free
+    LOADING = "loading"
+    VERIFYING = "verifying"  # a canary prompt must answer
+    READY = "ready"
+    FAILED = "failed"
+
+
+class WorkerState(StrEnum):
+    """What the worker does now."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    SWITCHING = "switching"
+    IDLE = "idle"
+    STOPPING = "stopping"
+
+
+class ResidentStatus(_Stored):
+    """A model that is on the machine now."""
+
+    model: str
+    level: str = Field(description="starting, ready or stopping")
+    bytes: int | None
+    in_flight: int
+    since: AwareDatetime
+
+
+class SwitchRecord(_Stored):
+    """One switch that ended."""
+
+    from_model: str | None
+    to_model: str
+    outcome: Literal["ready", "failed", "stale"]
+    seconds: float
+    stages: dict[SwitchStage, float] = Field(default_factory=dict, description="seconds spent in each")
+    attempts: int
+    reason: str
+    at: AwareDatetime
+
+
+class QueueStatus(_Stored):
+    """What waits for one model."""
+
+    waiting: int
+    oldest_s: float | None = Field(description="how long the job at the head has waited")
+
+
+class HardwareStatus(_Stored):
+    """What a worker publishes every few seconds and at each stage of a switch."""
+
+    version: Literal[1] = 1
+    worker: str
+    at: AwareDatetime
+    state: WorkerState
+    source: str = Field(description="who read the cards: nvml, nvidia-smi, none or stub")
+    gpus: tuple[GpuStatus, ...]
+    ram_total_bytes: int
+    ram_available_bytes: int
+    stage: SwitchStage | None = Field(description="the stage of the switch that is under way")
+    switching_to: str | None
+    residents: tuple[ResidentStatus, ...]
+    backlog: dict[str, QueueStatus]
+    switches: tuple[SwitchRecord, ...] = Field(description="the last ones, newest first")
+    alerts: tuple[str, ...]

@@ -1,0 +1,218 @@
+"""
+The environment, read once into one typed object: a group per capability.
+
+Every variable is listed in .env.example with its meaning, unit and default; a test keeps the two alike.
+An empty variable counts as not set, so that a compose file may pass everything through.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from common.errors import BadSetting
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+
+
+class _Group(BaseSettings):
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, case_sensitive=False)
+
+
+class RedisSettings(_Group):
+    """Where jobs, results and the hardware's status lie."""
+
+    model_config = SettingsConfigDict(env_prefix="REDIS_")
+
+    url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix://")
+
+    @field_validator("url")
+    @classmethod
+    def _has_a_scheme(cls, value: str) -> str:
+        if not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+
+class VllmSettings(_Group):
+    """Overrides of the choice at boot, and where vLLM is."""
+
+    model_config = SettingsConfigDict(env_prefix="VLLM_")
+
+    model: str | None = Field(None, description="catalogue id, alias, folder or hub repository to serve; only it")
+    quantization: str | None = Field(None, description="e.g. awq, gptq, fp8; unset = as the model's files say")
+    max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and answer together")
+    gpu_memory_utilization: float = Field(0.0, ge=0, le=1, description="share of the card; 0 = computed")
+    tensor_parallel_size: int | None = Field(None, ge=1, description="cards that share each layer")
+    force: bool = Field(False, description="load VLLM_MODEL even if the arithmetic says it cannot fit")
+    python: Path | None = Field(None, description="the Python that has vLLM; unset = .venv-vllm, then our own")
+
+
+class LlamaCppSettings(_Group):
+    """llama.cpp's server."""
+
+    model_config = SettingsConfigDict(env_prefix="LLAMACPP_")
+
+    server: str | None = Field(None, description="path of llama-server; unset = the one on the PATH, then xllamacpp")
+    n_gpu_layers: int | None = Field(None, ge=-1, description="layers on the card; -1 = all; unset = computed")
+    parallel: int = Field(8, ge=1, le=256, description="requests at once")
+
+
+class ModelSettings(_Group):
+    """Which models exist and which of them this worker serves."""
+
+    model_config = SettingsConfigDict(env_prefix="MODELS_")
+
+    file: Path | None = Field(None, description="a catalogue of your own, added to the shipped one")
+    only: Annotated[tuple[str, ...], NoDecode] = Field((), description="serve only these ids, comma separated")
+    dir: Path | None = Field(None, description="where relative paths in a catalogue start; unset = its folder")
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+class WorkerSettings(_Group):
+    """The worker process."""
+
+    model_config = SettingsConfigDict(env_prefix="WORKER_")
+
+    name: str = Field("", max_length=60, pattern=r"^[A-Za-z0-9_.-]*$", description="unset = the host's name")
+    concurrency: int = Field(32, ge=1, le=1024, description="jobs that are sent to the engine at once")
+    hardware: Literal["auto", "cpu", "stub"] = Field("auto", description="auto = NVML, then nvidia-smi, then none")
+    stub_gpus: str = Field("", description="for WORKER_HARDWARE=stub: cards in GiB, e.g. 24,24")
+    stub_engine: bool = Field(False, description="answer every job with a stand-in, for trying things out")
+    stub_load_s: float = Field(0.2, ge=0, description="how long the stand-in takes to load")
+    stub_run_s: float = Field(0.05, ge=0, description="how long the stand-in takes for a job")
+    run_dir: Path | None = Field(None, description="private folder for sockets and logs; unset = a temporary one")
+    soft_shutdown_s: Seconds = Field(30, description="after SIGTERM, running jobs may take this long")
+
+
+class SwitchSettings(_Group):
+    """Changing the model."""
+
+    model_config = SettingsConfigDict(env_prefix="SWITCH_")
+
+    timeout_s: Seconds = Field(90, description="for one attempt to load and verify")
+    attempts: int = Field(3, ge=1, le=10)
+    drain_s: Seconds = Field(120, description="running jobs may take this long before they go back to the queue")
+    max_wait_s: Seconds = Field(600, description="no job waits longer for its model's turn")
+    max_residents: int = Field(1, ge=1, description="models ready side by side, when they fit")
+    max_temperature_c: float = Field(85, gt=0, description="no load on a card hotter than this")
+    max_power_share: float = Field(0.95, gt=0, le=1.5, description="no load on a card above this share of its limit")
+    quarantine_s: Seconds = Field(60, description="first pause after a model failed to load; doubles")
+
+
+class JobSettings(_Group):
+    """What a job may take."""
+
+    model_config = SettingsConfigDict(env_prefix="JOB_")
+
+    timeout_s: Seconds = Field(600, description="in the engine, per attempt")
+    max_attempts: int = Field(5, ge=1, le=100, description="engine deaths under one job before it is set aside")
+    result_ttl_s: Seconds = Field(24 * 3600, description="how long outcomes are kept")
+
+
+class DeliverySettings(_Group):
+    """How fast a dead worker's jobs come back."""
+
+    model_config = SettingsConfigDict(env_prefix="DELIVERY_")
+
+    lease_s: Seconds = Field(15, description="a process that is silent this long is taken for dead")
+    visibility_timeout_s: Seconds = Field(120, description="backstop for deliveries without a lease")
+
+
+class RoutingSettings(_Group):
+    """The router."""
+
+    model_config = SettingsConfigDict(env_prefix="ROUTING_")
+
+    rules_file: Path | None = Field(None, description="indicator rules of your own; unset = the shipped ones")
+
+
+class StatusSettings(_Group):
+    """What is published about the hardware."""
+
+    model_config = SettingsConfigDict(env_prefix="STATUS_")
+
+    interval_s: Seconds = Field(5, description="how often, besides every change")
+    ttl_s: Seconds = Field(15, description="silent this long = gone")
+    stream_length: int = Field(2000, ge=1, description="how many are kept to look back")
+
+
+class LogSettings(_Group):
+    """Logs."""
+
+    model_config = SettingsConfigDict(env_prefix="LOG_")
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["auto", "console", "json"] = Field("auto", description="auto = console on a terminal, else json")
+
+
+class FlowerSettings(_Group):
+    """Flower, as `shiftworker up` starts it."""
+
+    model_config = SettingsConfigDict(env_prefix="FLOWER_")
+
+    port: int = Field(5555, ge=0, le=65535, description="0 = a free one")
+    user: str = "shiftworker"
+    password: SecretStr | None = Field(None, description="unset = Flower listens on the loopback only")
+
+
+class Settings(BaseModel):
+    """Everything that can be set."""
+
+    model_config = ConfigDict(frozen=True)
+
+    redis: RedisSettings
+    vllm: VllmSettings
+    llamacpp: LlamaCppSettings
+    models: ModelSettings
+    worker: WorkerSettings
+    switch: SwitchSettings
+    job: JobSettings
+    delivery: DeliverySettings
+    routing: RoutingSettings
+    status: StatusSettings
+    log: LogSettings
+    flower: FlowerSettings
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """
+        Read the environment.
+
+        Raises
+        ------
+        BadSetting
+            Names every variable that is wrong, its value, and what is allowed.
+        """
+        groups: dict[str, _Group] = {}
+        problems: list[str] = []
+        for name, info in cls.model_fields.items():
+            group = info.annotation
+            assert isinstance(group, type)  # noqa: S101 - every field of this class is a group
+            assert issubclass(group, _Group)  # noqa: S101
+            try:
+                groups[name] = group()
+            except ValidationError as error:
+                problems += [_problem(group, dict(found)) for found in error.errors(include_url=False)]
+        if problems:
+            raise BadSetting(f"{'; '.join(problems)}. Every setting is described in .env.example.")
+        return cls.model_validate(groups)
+
+
+def _problem(group: type[_Group], found: dict[str, object]) -> str:
+    """One finding of pydantic with the variable's name in front."""
+    location = found["loc"]
+    field = str(location[0]) if isinstance(location, tuple) and location else "?"
+    variable = f"{group.model_config.get('env_prefix', '')}{field}".upper()
+    info = group.model_fields.get(field)
+    meaning = f" ({info.description})" if info is not None and info.description else ""
+    secret = info is not None and info.annotation is not None and "Secret" in str(info.annotation)
+    value = "..." if secret else repr(found.get("input"))
+    return f"{variable}={value}: {str(found['msg']).removeprefix('Value error, ')}{meaning}"

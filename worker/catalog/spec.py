@@ -1,0 +1,56 @@
+"""
+What a model is: the facts of models.toml, checked, as values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+
+class EngineKind(StrEnum):
+    """Which program runs the model."""
+
+    VLLM = "vllm"
+    LLAMACPP = "llamacpp"
+    STUB = "stub"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """
+    One model of the catalogue.
+
+    `repo` names a Hugging Face repository, `path` a local file or folder; one of the two is set (a stub
+    has neither). `file` names the GGUF file inside the repository.
+    """
+
+    id: str  # also the queue's name: letters, digits, '.', '_' and '-'
+    engine: EngineKind
+    tier: int  # 1 is the smallest; orders the cascade
+    complexity_up_to: float  # the hardest job that this model is trusted with, 0 to 1
+    max_model_len: int  # tokens, prompt and answer together: the longest the model was made for
+    aliases: tuple[str, ...] = ()
+    repo: str | None = None
+    path: Path | None = None
+    file: str | None = None
+    revision: str | None = None
+    quantization: str | None = None  # None = as the files say
+    capabilities: frozenset[str] = frozenset({"chat"})  # chat, tools, vision, thinking, json, embedding
+    trust_remote_code: bool = False
+    licence: str | None = None
+
+    # The facts a first estimate needs; None = read them from the files, or unknown.
+    weights_bytes: int | None = None  # of the files, all shards
+    layers: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the files come from, for people."""
+        if self.path is not None:
+            return str(self.path)
+        return f"{self.repo}/{self.file}" if self.file else (self.repo or "nowhere")

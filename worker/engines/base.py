@@ -1,0 +1,170 @@
+"""
+Engine, the protocol: what the worker asks of a program that runs models.
+
+An engine is asked for a state, with a deadline, and verifies it:
+
+| asked            | found                 | done                                                     |
+| ---------------- | --------------------- | -------------------------------------------------------- |
+| `ensure_ready`   | ready                 | nothing                                                  |
+|                  | stopped, or dead      | start it, wait until it answers its health check         |
+| `ensure_stopped` | stopped               | nothing                                                  |
+|                  | ready, starting, hung | end the whole process tree, wait until it is gone        |
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from worker.catalog.spec import EngineKind
+from worker.selection.placement import Placement
+
+
+class EngineState(StrEnum):
+    """What an engine says of one model."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"  # it was ready, and its process ended by itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One request for an engine."""
+
+    path: str  # OpenAI's path, e.g. /v1/chat/completions
+    body: Mapping[str, Any]  # OpenAI's body, the model already resolved
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What an engine gave back: OpenAI's response, and what was measured."""
+
+    response: Mapping[str, Any]
+    run_s: float  # from sending the request to having the whole answer
+    prefill_s: float | None = None  # None = this engine does not say
+    decode_s: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a successful load measured."""
+
+    seconds: float
+    pids: tuple[int, ...] = ()  # the process tree, for NVML and for people
+    rss_bytes: int | None = None  # of the tree; None where the engine has no process of its own
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class StopSignal:
+    """
+    Tells one running job to stop, from any thread, with the reason; can be waited on and listened to.
+
+    The first reason stays. A listener added after the stop is called at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: list[Callable[[], object]] = []
+        self._event = threading.Event()
+        self._reason: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the job should stop: "cancelled", "deadline", "handback"; None while it may run."""
+        return self._reason
+
+    def stop(self, reason: str) -> None:
+        """Ask the job to stop."""
+        with self._lock:
+            if self._reason is not None:
+                return
+            self._reason = reason
+            listeners, self._listeners = self._listeners, []
+        self._event.set()
+        for listener in listeners:
+            listener()
+
+    def on_stop(self, listener: Callable[[], object]) -> None:
+        """Call *listener* once, in the stopper's thread, when the job should stop."""
+        with self._lock:
+            if self._reason is None:
+                self._listeners.append(listener)
+                return
+        listener()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to *timeout* seconds; True if the job should stop."""
+        return self._event.wait(timeout)
+
+
+class Engine(Protocol):
+    """One kind of engine; it may run several models, each in a process tree of its own."""
+
+    @property
+    def kind(self) -> EngineKind:
+        """Which kind of catalogue entry this engine runs."""
+        ...
+
+    def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
+        """
+        Make the model of *placement* answer requests.
+
+        Raises
+        ------
+        LoadFailed
+            It ended, or did not become ready in *timeout_s*; nothing of it is left running. The message
+            carries the last lines the engine printed.
+        EngineMissing, ModelMissing
+            It cannot be started here at all.
+        """
+        ...
+
+    def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
+        """
+        End the model's process tree and see it gone. Running requests fail with EngineDied.
+
+        Raises
+        ------
+        EngineTimeout
+            A process is still there after *timeout_s* and SIGKILL.
+        """
+        ...
+
+    def state(self, model_id: str) -> EngineState:
+        """What is known of *model_id* now; cheap, asks the operating system and not the engine."""
+        ...
+
+    def generate(self, model_id: str, call: Call, stop: StopSignal) -> Completion:
+        """
+        Answer one request; called from many threads at once.
+
+        Raises
+        ------
+        EngineNotReady, EngineDied, EngineTimeout
+            The engine was not there, went away, or took longer than `call.timeout_s`.
+        InvalidRequest, PromptTooLong
+            The engine refused the body.
+        JobStopped
+            *stop* was set; the request was aborted in the engine.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop every model and free everything; the last call."""
+        ...
+
+
+class JobStopped(Exception):  # noqa: N818 - not an error: the job did as it was told
+    """The job was told to stop and did; `reason` says why. Never leaves the worker."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -1,0 +1,84 @@
+"""
+What is on the machine now: a frozen reading. Only the switcher writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from common.schemas import SwitchStage
+
+
+class Level(StrEnum):
+    """How far a model is from answering."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resident:
+    """A model that holds memory."""
+
+    model_id: str
+    level: Level
+    bytes: int  # what it takes, measured where it can be, else estimated
+    since: float  # Unix seconds
+    in_flight: int = 0  # jobs the engine works on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarantine:
+    """A model that failed to load, left alone until a time."""
+
+    until: float  # Unix seconds
+    failures: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switching:
+    """The switch that is asked for or under way."""
+
+    to_model: str
+    epoch: int
+    since: float  # Unix seconds
+    stage: SwitchStage | None = None  # None = asked for, not begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residency:
+    """Everything that decisions need to know of the loaded models."""
+
+    capacity: int  # bytes that models may take together
+    max_residents: int  # how many may be ready side by side
+    residents: tuple[Resident, ...] = ()
+    switching: Switching | None = None
+    quarantined: Mapping[str, Quarantine] = field(default_factory=dict)
+
+    @property
+    def free(self) -> int:
+        """Bytes that no resident takes."""
+        return self.capacity - sum(resident.bytes for resident in self.residents)
+
+    def resident(self, model_id: str) -> Resident | None:
+        """The resident named *model_id*, whatever its level."""
+        return next((found for found in self.residents if found.model_id == model_id), None)
+
+    def ready(self, model_id: str) -> bool:
+        """May jobs of *model_id* run now?"""
+        found = self.resident(model_id)
+        return found is not None and found.level is Level.READY
+
+    @property
+    def ready_models(self) -> tuple[str, ...]:
+        """The models whose jobs may run now, in order of their names."""
+        return tuple(sorted(r.model_id for r in self.residents if r.level is Level.READY))
+
+    def is_quarantined(self, model_id: str, now: float) -> bool:
+        """Did *model_id* fail to load, too short a while ago to try again?"""
+        found = self.quarantined.get(model_id)
+        return found is not None and now < found.until
