@@ -162,7 +162,7 @@ class Engine(Protocol):
         ...
 
 
-class JobStopped(Exception):  # noqa: N818 - not an error: the job did as it was told
+class JobStopped(Exception):
     """The job was told to stop and did; `reason` says why. Never leaves the worker."""
 
     def __init__(self, reason: str) -> None:
