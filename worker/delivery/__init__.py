@@ -1,0 +1,1 @@
+"""How does a job survive the death of the process that holds it?"""

@@ -1,0 +1,76 @@
+"""
+One way to reach Redis: short time limits, text answers, and an error that says where we looked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+from tenacity import RetryCallState, retry, retry_if_exception_type, wait_exponential_jitter
+
+from common.errors import RedisUnavailable
+from common.logs import get_logger
+
+logger = get_logger(__name__)
+
+# redis-py's annotations mix the answers of its sync and async clients, and of bytes and text.
+RedisClient = Any
+
+CONNECT_TIMEOUT_S = 3.0
+ANSWER_TIMEOUT_S = 10.0  # a full Redis on a slow disk may pause; a dead connection must not hang for ever
+
+
+def connect(url: str) -> RedisClient:
+    """A client for *url*; it connects at the first command, and tries a broken connection twice more."""
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=ANSWER_TIMEOUT_S,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
+    )
+
+
+def ping(client: RedisClient, url: str) -> None:
+    """
+    See that Redis answers.
+
+    Raises
+    ------
+    RedisUnavailable
+        It does not; the message names the address without its password.
+    """
+    try:
+        client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise RedisUnavailable(
+            f"No Redis answers at {without_password(url)} ({error}). Start one (`shiftworker up` brings its own), "
+            "or set REDIS_URL to where it is."
+        ) from error
+
+
+def wait_until_there(client: RedisClient, url: str) -> None:
+    """Ping until Redis answers: back-off from half a second to ten, each failure logged; no end."""
+
+    def tell(attempt: RetryCallState) -> None:
+        problem = attempt.outcome.exception() if attempt.outcome else None
+        pause_s = attempt.next_action.sleep if attempt.next_action else 0
+        logger.warning("redis.unavailable", problem=str(problem), retry_in_s=round(pause_s, 1))
+
+    retry(
+        retry=retry_if_exception_type(RedisUnavailable),
+        wait=wait_exponential_jitter(initial=0.5, max=10),
+        before_sleep=tell,
+    )(ping)(client, url)
+
+
+def without_password(url: str) -> str:
+    """*url* as it may be shown: the password replaced by dots."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":...@")))

@@ -1,0 +1,301 @@
+"""
+kombu's Redis transport with an atomic pop: no moment at which a message is in nobody's hands.
+
+Stock kombu pops with BRPOP and writes the message to `unacked` in a second round trip; a `kill -9` of the
+worker or of Redis between the two loses it (kombu #305, celery #4354, #7950). Invariants kept here:
+
+1. A message is in exactly one place: its queue or `unacked`. Every move is one script.
+2. Everything in `unacked` names its owner in `unacked_owner`, so that the lease can tell whose it is.
+3. Only the owner of a delivery can acknowledge it or give it back; a late call of a former owner does nothing.
+4. An entry that is no message at all is set aside in `shiftworker:malformed` and never blocks its queue.
+5. A lost connection is no shutdown: the jobs still run here, so their messages are not handed out again.
+
+Waiting does not pop: an idle consumer blocks on a tiny wake stream that every push writes to. Stock
+producers do not write to it; their messages are found when the wait ends, `WAIT_S` later at most.
+
+Used through Celery's `broker_transport = "common.transport:Transport"`, so that the broker's URL stays a
+plain redis:// for Flower and everybody else.
+"""
+
+from __future__ import annotations
+
+from queue import Empty
+from time import monotonic, time
+from typing import Any
+from weakref import WeakSet
+
+from kombu.transport import redis as stock
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
+
+from common import keys
+from common.logs import get_logger
+
+logger = get_logger(__name__)
+
+WAIT_S = 0.25  # seconds an idle consumer waits before it looks again: the delay a stock producer may see
+
+_WAKE_LENGTH = 8  # entries kept; only the newest id matters
+
+# KEYS: the lists in the order to look, then unacked, unacked_index, unacked_owner, wake, malformed.
+# ARGV: now, owner, then per list "1" if its consumer acknowledges and "0" if not.
+# Returns {list, message}, or {false, newest id of the wake stream}.
+# cjson only reads here: the message is stored as it came, since cjson would turn [] into {}.
+_POP = """
+local n = #KEYS - 5
+local unacked, index, owners, wake, malformed = KEYS[n+1], KEYS[n+2], KEYS[n+3], KEYS[n+4], KEYS[n+5]
+for i = 1, n do
+  local raw = redis.call('LINDEX', KEYS[i], -1)
+  while raw do
+    local ok, message = pcall(cjson.decode, raw)
+    local properties = ok and type(message) == 'table' and message['properties']
+    local delivery = type(properties) == 'table' and properties['delivery_info']
+    local tag = type(delivery) == 'table' and properties['delivery_tag']
+    if type(tag) == 'string' and type(delivery['exchange']) == 'string'
+       and type(delivery['routing_key']) == 'string' then
+      if ARGV[2+i] == '1' then
+        redis.call('HSET', unacked, tag, '[' .. raw .. ',' .. cjson.encode(delivery['exchange'])
+                                             .. ',' .. cjson.encode(delivery['routing_key']) .. ']')
+        redis.call('ZADD', index, ARGV[1], tag)
+        redis.call('HSET', owners, tag, ARGV[2])
+      end
+      redis.call('RPOP', KEYS[i])
+      return {KEYS[i], raw}
+    end
+    redis.call('RPOPLPUSH', KEYS[i], malformed)
+    redis.call('LTRIM', malformed, 0, 999)
+    raw = redis.call('LINDEX', KEYS[i], -1)
+  end
+end
+local newest = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', 1)
+return {false, newest[1] and newest[1][1] or '0'}
+"""
+
+# KEYS: unacked, unacked_index, unacked_owner. ARGV: tag, owner. Returns 1 if the delivery was the owner's.
+_ACK = """
+local owner = redis.call('HGET', KEYS[3], ARGV[1])
+if owner and owner ~= ARGV[2] then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[3], ARGV[1])
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
+
+# KEYS: unacked, unacked_index, unacked_owner, wake, the list to put it on.
+# ARGV: tag, the owner it must still have ("" = none), the entry it must still be, the message to put, side.
+# Compare and move: nothing happens if somebody else moved it in between. Returns 1 if it was moved.
+_GIVE_BACK = """
+if (redis.call('HGET', KEYS[3], ARGV[1]) or '') ~= ARGV[2] then return 0 end
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[3] then return 0 end
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call(ARGV[5] == 'back' and 'LPUSH' or 'RPUSH', KEYS[5], ARGV[4])
+redis.call('XADD', KEYS[4], 'MAXLEN', '8', '*', 'q', '')
+return 1
+"""
+
+_DELIVERIES = (keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER)
+
+_open_channels: WeakSet[Channel] = WeakSet()
+
+
+def deliveries_in_flight() -> set[str]:
+    """
+    Every delivery tag that an open channel of this process holds: prefetched, scheduled or running.
+
+    For the lease's thread, so the channels' own threads may change them meanwhile.
+    """
+    while True:
+        try:
+            return {
+                tag for channel in list(_open_channels) if not channel.closed for tag in list(channel.qos._delivered)
+            }
+        except RuntimeError:  # changed while we looked
+            continue
+
+
+class QoS(stock.QoS):
+    """Deliveries in flight; the scripts have written them to Redis already."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Remember the delivery here; the pop has stored it."""
+        super(stock.QoS, self).append(message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        """Take the delivery off the books, if it is still ours."""
+        self._forget(delivery_tag)
+        super(stock.QoS, self).ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
+        """Give the delivery back to the head of its queue, or take it off the books."""
+        if requeue:
+            self.restore_by_tag(delivery_tag)
+        else:
+            self._forget(delivery_tag)
+        super(stock.QoS, self).ack(delivery_tag)
+
+    def _forget(self, tag: str) -> None:
+        with self.channel.conn_or_acquire() as client:
+            client.eval(_ACK, 3, *_DELIVERIES, tag, self.channel.owner)
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Put our delivery *tag* back on its queue: at the head, or at the back with *leftmost*."""
+        give_back(self.channel, tag, owner=self.channel.owner, client=client, side="back" if leftmost else "head")
+
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
+        """Do nothing: the lease gives back what its owner cannot; see worker/delivery/lease.py."""
+
+
+def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: str = "head") -> bool:
+    """
+    Move one delivery from `unacked` to its queue, marked as redelivered; True if this call moved it.
+
+    *owner* is whose it must still be; "" stands for a delivery without owner, popped by a stock transport.
+    """
+    with channel.conn_or_acquire(client) as redis:
+        entry = redis.hget(keys.UNACKED, tag)
+        if entry is None:
+            return False
+        message, exchange, routing_key = loads(bytes_to_str(entry))
+        message.setdefault("headers", {})["redelivered"] = True
+        message["properties"]["delivery_info"]["redelivered"] = True
+        priority = channel._get_message_priority(message, reverse=False)  # noqa: SLF001 - we are the channel
+        queue = next(iter(channel._lookup(exchange, routing_key)), routing_key)  # noqa: SLF001
+        moved = redis.eval(
+            _GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, channel._q_for_pri(queue, priority),  # noqa: SLF001
+            tag, owner, entry, dumps(message), side,
+        )  # fmt: skip
+        return bool(moved)
+
+
+class Channel(stock.Channel):
+    """A channel whose pop is one script, and whose idle wait takes nothing."""
+
+    QoS = QoS
+    from_transport_options = (*stock.Channel.from_transport_options, "owner")
+    owner = "nobody"  # whose deliveries these are: one start of one process; set by broker_transport_options
+    supports_batch_publish = False  # a batch would pass by `_put`, and nobody would be woken
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._waiting = False  # is the outstanding command the wait, or the pop?
+        self._wake_id = "0"
+        self._no_ack_queues: set[str] = set()
+        self._connection_params: dict[bool, dict[str, Any]] = {}
+        super().__init__(*args, **kwargs)
+        _open_channels.add(self)
+
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:  # noqa: FBT001 - kombu's signature
+        """Consume *queue*; what a no-ack consumer gets is not kept in `unacked`, for nobody would take it off."""
+        (self._no_ack_queues.add if no_ack else self._no_ack_queues.discard)(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        connection = self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        if self._waiting:
+            block_ms = int((timeout or WAIT_S) * 1000)
+            connection.send_command("XREAD", "BLOCK", block_ms, "STREAMS", keys.WAKE, self._wake_id)
+            return
+        wanted = [(self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
+        lists = [name for name, _ in wanted]
+        acknowledged = ["0" if queue in self._no_ack_queues else "1" for _, queue in wanted]
+        connection.send_command(
+            "EVAL", _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
+            time(), self.owner, *acknowledged,
+        )  # fmt: skip
+
+    def _brpop_read(self, **_options: Any) -> bool:
+        waited, self._waiting = self._waiting, False
+        connection = self.client.connection
+        try:
+            try:
+                reply = connection.read_response()
+            except self.connection_errors:
+                connection.disconnect()
+                raise
+            except self.ResponseError as error:
+                # Redis is there and says no (full, read only): nothing was popped. Wait, then ask again.
+                logger.warning("delivery.pop_refused", error=str(error))
+                self._waiting = not waited
+                raise Empty from None
+            if waited:
+                raise Empty
+            name, item = reply
+            if not name:
+                self._waiting, self._wake_id = True, bytes_to_str(item)
+                raise Empty
+            queue = bytes_to_str(name).rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            self.connection._deliver(loads(bytes_to_str(item)), queue)  # noqa: SLF001 - kombu's way
+            return True
+        finally:
+            self._in_poll = None
+
+    def _get(self, queue: str) -> Any:
+        lists = [self._q_for_pri(queue, step) for step in self.priority_steps]
+        with self.conn_or_acquire() as client:
+            name, item = client.eval(
+                _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
+                time(), self.owner, *("1" for _ in lists),
+            )  # fmt: skip
+        if not name:
+            raise Empty
+        return loads(bytes_to_str(item))
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002
+        """Get one message without waiting; with *no_ack* it is acknowledged before it is returned."""
+        message = super().basic_get(queue, no_ack=False, **kwargs)
+        if message is not None and no_ack:
+            self.basic_ack(message.delivery_tag)
+        return message
+
+    def _put(self, queue: str, message: Any, **_kwargs: Any) -> None:
+        priority = self._get_message_priority(message, reverse=False)
+        with self.conn_or_acquire() as client, client.pipeline() as pipe:
+            pipe.lpush(self._q_for_pri(queue, priority), dumps(message))
+            if lifetime_ms := (self._expires or {}).get(queue):  # reply queues of Celery's remote control
+                for step in self.priority_steps:
+                    pipe.pexpire(self._q_for_pri(queue, step), lifetime_ms)
+            pipe.xadd(keys.WAKE, {"q": queue}, maxlen=_WAKE_LENGTH, approximate=False)
+            pipe.execute()
+
+    def close(self) -> None:
+        """
+        Close without losing or repeating anything.
+
+        kombu 5.7.0 reads the outstanding reply first; on a dead socket that raises, the rest is skipped,
+        and Celery's second close ends the worker ('NoneType' object has no attribute 'hostname').
+        """
+        if self._in_poll:
+            try:
+                self._brpop_read()
+            except (Empty, *self.connection_errors):
+                pass
+            finally:
+                self._in_poll = None
+        if not _shutting_down():
+            self.do_restore = False
+        super().close()
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002
+        """Connection parameters; the last known once the transport is gone, for jobs that outlive it."""
+        if self.connection is not None and self.connection.client is not None:
+            self._connection_params[asynchronous] = super()._connparams(asynchronous)
+        return dict(self._connection_params[asynchronous])
+
+
+def _shutting_down() -> bool:
+    """Is this process a Celery worker that was told to stop? Only then are its messages given back."""
+    from celery.worker import state  # noqa: PLC0415 - a producer never gets here, and need not import the worker
+
+    return state.should_stop is not None or state.should_terminate is not None
+
+
+class Transport(stock.Transport):
+    """kombu's Redis transport over `Channel`."""
+
+    Channel = Channel
+    brpop_timeout = WAIT_S

@@ -1,0 +1,120 @@
+"""
+The lease: "I live, and these deliveries are mine", said every few seconds; and what the dead held goes back.
+
+One thread per process, with a Redis connection of its own, so that it goes on while the broker's
+connection is being repaired. Three things in a beat:
+
+1. Renew    `shiftworker:lease:<owner>` lives `lease_s`; the deliveries in flight here get a new time.
+2. Sweep    A delivery whose owner's lease is gone goes back to the head of its queue.
+3. Backstop A delivery that nobody renewed for the visibility timeout goes back too: popped by a stock
+            transport, or forgotten by its process (Celery drops scheduled tasks on a lost connection).
+
+An owner is believed dead when two sweeps, a beat apart, found no lease: after an outage of Redis every
+lease has run out, and the living get one beat to renew.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import redis
+from celery import Celery
+from celery.worker import state
+
+from common import keys
+from common.logs import get_logger
+from common.redis_client import RedisClient
+from common.transport import deliveries_in_flight, give_back
+
+logger = get_logger(__name__)
+
+_BEATS_PER_LEASE = 3  # two beats may be lost before the lease runs out
+
+
+def held_here() -> set[str]:
+    """Delivery tags this process answers for: held by an open channel, or still running after its channel."""
+    tags = deliveries_in_flight()
+    while True:
+        try:
+            return tags | {r.message.delivery_tag for r in list(state.reserved_requests) if not r.acknowledged}
+        except RuntimeError:  # changed while we looked
+            continue
+
+
+class Lease(threading.Thread):
+    """Keeps one process's lease and sweeps up after the others'."""
+
+    def __init__(
+        self,
+        *,
+        app: Celery,
+        client: RedisClient,
+        owner: str,
+        lease_s: float,
+        visibility_timeout_s: float,
+        held: Callable[[], set[str]] = held_here,
+    ) -> None:
+        super().__init__(name="lease", daemon=True)
+        self._app = app
+        self._redis = client
+        self._owner = owner
+        self._lease_s = lease_s
+        self._visibility_timeout_s = visibility_timeout_s
+        self._held = held
+        self._ending = threading.Event()
+        self._suspects: frozenset[str] = frozenset()
+
+    def run(self) -> None:
+        """Beat until `end` is called; an unreachable Redis costs a beat, never the thread."""
+        while True:
+            try:
+                self.renew(now=time.time())
+                self.sweep(now=time.time())
+            except (redis.RedisError, OSError) as error:
+                logger.warning("delivery.lease_beat_missed", error=str(error))
+            if self._ending.wait(self._lease_s / _BEATS_PER_LEASE):
+                return
+
+    def end(self) -> None:
+        """Give up the lease: what this process still holds may be taken back at once."""
+        self._ending.set()
+        try:
+            self._redis.delete(keys.lease(self._owner))
+        except (redis.RedisError, OSError) as error:
+            logger.info("delivery.lease_left_to_expire", error=str(error))
+
+    def renew(self, *, now: float) -> None:
+        """Say that this process lives, and which deliveries it works on."""
+        held = self._held()
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.set(keys.lease(self._owner), "1", px=int(self._lease_s * 1000))
+            if held:
+                pipe.zadd(keys.UNACKED_INDEX, dict.fromkeys(held, now), xx=True)
+            pipe.execute()
+
+    def sweep(self, *, now: float) -> int:
+        """Give back what dead owners held; returns how many deliveries moved."""
+        owners: dict[str, str] = self._redis.hgetall(keys.UNACKED_OWNER)
+        dead = self._dead(set(owners.values()))
+        overdue = self._redis.zrangebyscore(keys.UNACKED_INDEX, 0, now - self._visibility_timeout_s)
+        lost = {tag for tag, owner in owners.items() if owner in dead} | set(overdue)
+        moved = self._give_back(lost - self._held(), owners) if lost else 0
+        if moved:
+            logger.warning("delivery.taken_back", deliveries=moved, owners=sorted(dead))
+        return moved
+
+    def _dead(self, owners: set[str]) -> frozenset[str]:
+        """The owners without a lease now that had none at the last sweep either."""
+        names = sorted(owners - {self._owner})
+        leases = self._redis.mget([keys.lease(name) for name in names]) if names else []
+        silent = frozenset(name for name, lease in zip(names, leases, strict=True) if lease is None)
+        dead, self._suspects = silent & self._suspects, silent
+        return dead
+
+    def _give_back(self, tags: Iterable[str], owners: Mapping[str, str]) -> int:
+        with self._app.connection_for_write() as connection:
+            channel: Any = connection.default_channel
+            return sum(give_back(channel, tag, owner=owners.get(tag, "")) for tag in sorted(tags))
