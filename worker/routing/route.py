@@ -66,26 +66,12 @@ def route_job(request: JobRequest, complexity: Complexity, models: Sequence[Offe
         )
 
     # (4) Roomy.
-    likely = _likely_tokens(request)
-    reach = min(likely, max(model.max_model_len for model in possible))
+    reach = min(_likely_tokens(request), max(model.max_model_len for model in possible))
     roomy = [model for model in possible if model.max_model_len >= reach]
 
     # (5) Trusted.
     chosen = _cheapest_trusted(roomy, complexity.value)
-    if len(meant) == 1:
-        why = (
-            f"the job names {request.model}"
-            if request.model.casefold() != AUTO
-            else f"{chosen.id} is the only model for auto"
-        )
-    elif (wished := _cheapest_trusted(meant, complexity.value)) == chosen:
-        why = _why(chosen, complexity.value, meant)
-    else:
-        missing = _missing(request, wished)
-        side = "within" if complexity.value <= chosen.complexity_up_to else "above"
-        why = f"complexity {complexity.value:g} is {side} {chosen.id}'s {chosen.complexity_up_to:g}; {wished.id} " + (
-            f"has no {missing}" if missing else f"is too short for about {likely:,} tokens"
-        )
+    why = _why(request, complexity.value, chosen, meant)
     return Route(model=chosen.id, complexity=complexity.value, why=why)
 
 
@@ -174,18 +160,25 @@ def _cheapest_trusted(models: Sequence[OfferedModel], complexity: float) -> Offe
     return min(models, key=lambda model: (-model.complexity_up_to, -model.tier, model.id))
 
 
-def _why(chosen: OfferedModel, complexity: float, meant: Sequence[OfferedModel]) -> str:
-    """Say, with the numbers, why *chosen* is the answer to question 5 among all that were meant."""
-    if complexity > chosen.complexity_up_to:
-        return (
-            f"complexity {complexity:g} is above what any model is trusted with; "
-            f"{chosen.id}, up to {chosen.complexity_up_to:g}, is the strongest"
-        )
-    weaker = [model for model in meant if model.complexity_up_to < complexity and model.tier <= chosen.tier]
-    if not weaker:
-        return f"complexity {complexity:g} is within {chosen.id}'s {chosen.complexity_up_to:g}"
-    best = max(weaker, key=lambda model: (model.complexity_up_to, model.id))
-    return (
-        f"complexity {complexity:g} is above {best.id}'s {best.complexity_up_to:g}; "
-        f"{chosen.id} is the smallest model trusted with it"
-    )
+def _why(request: JobRequest, complexity: float, chosen: OfferedModel, meant: Sequence[OfferedModel]) -> str:
+    """Say in one sentence, with the numbers, why *chosen* and not another of those that were meant."""
+    if len(meant) == 1:
+        named = request.model.casefold() != AUTO
+        return f"the job names {request.model}" if named else f"{chosen.id} is the only model for auto"
+
+    wished = _cheapest_trusted(meant, complexity)
+    trusted = complexity <= chosen.complexity_up_to
+    score = f"complexity {complexity:g} is"
+    if wished != chosen:
+        missing = _missing(request, wished)
+        lack = f"has no {missing}" if missing else f"is too short for about {_likely_tokens(request):,} tokens"
+        side = "within" if trusted else "above"
+        return f"{score} {side} {chosen.id}'s {chosen.complexity_up_to:g}; {wished.id} {lack}"
+    if not trusted:
+        strongest = f"{chosen.id}, up to {chosen.complexity_up_to:g}, is the strongest"
+        return f"{score} above what any model is trusted with; {strongest}"
+    if weaker := [model for model in meant if model.complexity_up_to < complexity and model.tier <= chosen.tier]:
+        best = max(weaker, key=lambda model: (model.complexity_up_to, model.id))
+        limit = f"{best.id}'s {best.complexity_up_to:g}"
+        return f"{score} above {limit}; {chosen.id} is the smallest model trusted with it"
+    return f"{score} within {chosen.id}'s {chosen.complexity_up_to:g}"
