@@ -1,0 +1,88 @@
+"""
+A small real engine: an HTTP program on a Unix socket, with a flag for each way to misbehave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+# A grandchild that leaves the session and ignores SIGTERM, as badly as a process can behave.
+STUBBORN = "import os, signal, time; os.setsid(); signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    if options.ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if options.spawn_child:
+        subprocess.Popen([sys.executable, "-I", "-S", "-c", STUBBORN])
+    if options.die_on_load:
+        print("ValueError: the weights are not here", flush=True)
+        sys.exit(3)
+    time.sleep(600 if options.hang_on_load else options.load_seconds)
+    with Server(options.uds, handler(options)) as server:
+        server.serve_forever()
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    """One thread per connection, as an engine that works on many requests at once."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+
+def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(200, b"{}")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if options.wrong_answer:
+                self._answer(200, b"<html>busy</html>")
+            elif options.fail:
+                self._answer(500, json.dumps({"error": {"message": "out of luck"}}).encode())
+            elif body.get("hold"):
+                Path(body["hold"]).touch()  # says that the request is here
+                time.sleep(600)
+            elif body.get("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            else:
+                self._answer(200, json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": {}}).encode())
+
+        def _answer(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+        def address_string(self) -> str:
+            return "unix"
+
+    return Handler
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--uds", required=True)
+    parser.add_argument("--load-seconds", type=float, default=0.0)
+    for flag in ("hang-on-load", "die-on-load", "ignore-sigterm", "wrong-answer", "fail", "spawn-child"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""
+Why did the engine not start? Finds the lines that say so in what it printed.
+"""
+
+from __future__ import annotations
+
+import re
+
+# "(EngineCore pid=7) ERROR 11-21 12:00:00 [core.py:1] " of vLLM; "0.00.004.444 E srv    load_model: " of llama.cpp.
+_PREFIX = re.compile(
+    r"^(\([^)]*pid=\d+\)\s*)?((ERROR|WARNING|INFO|CRITICAL)\s+[\d-]+\s+[\d:.]+\s+\[[^\]]*\]\s*)?"
+    r"([\d.]+\s+[EWID]\s+(?=\S))?"
+)
+_RAISED = re.compile(r"^([\w.]+\.)?\w*(Error|Exception|Interrupt)\b(:|$)")  # the last line of a traceback
+_COMPLAINT = re.compile(r"\b(error|failed|cannot|invalid|not found|no such)\b", re.IGNORECASE)
+# vLLM's front process says only this; the reason stands above it, printed by the engine's own process.
+_GENERIC = ("Engine core initialization failed", "EngineCore failed to start", "WorkerProc initialization failed")
+
+DETAIL_LINES = 2  # pydantic puts its finding on the lines after the error's name
+MAX_LINES = 4
+MAX_CHARS = 1200
+
+
+def explain_failure(log: str) -> str:
+    """
+    Pick the lines of *log* that help, as one line of text.
+
+    1. The last exception that is not a generic one, with the lines that belong to it.
+    2. Otherwise the last lines that speak of an error.
+    3. Otherwise the last lines.
+    """
+    lines = [line for raw in log.splitlines() if (line := _PREFIX.sub("", raw).rstrip())]
+    if not lines:
+        return "It printed nothing."
+
+    # (1) An exception.
+    raised = [i for i, line in enumerate(lines) if _RAISED.match(line) and not any(g in line for g in _GENERIC)]
+    if raised:
+        start = raised[-1]
+        details = [line for line in lines[start + 1 : start + 1 + DETAIL_LINES] if line.startswith(" ")]
+        return _joined([lines[start], *details])
+
+    # (2) A complaint. (3) Anything.
+    return _joined(([line for line in lines if _COMPLAINT.search(line)] or lines)[-MAX_LINES:])
+
+
+def _joined(lines: list[str]) -> str:
+    text = " / ".join(dict.fromkeys(line.strip() for line in lines))
+    return f"It said: {text[:MAX_CHARS]}"

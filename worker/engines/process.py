@@ -1,0 +1,228 @@
+"""
+One engine's process tree behind a Unix socket: started under a guard, watched, and ended to the last process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from common.errors import BadSetting, EngineTimeout, LoadFailed
+from worker.engines import guard
+from worker.engines.explain import explain_failure
+
+MARKER = "SHIFTWORKER_ENGINE"  # in the environment of every process of a tree: how a lost one is found
+SOCKET_PATH_BYTES = 103  # sun_path on macOS; Linux has 107
+POLL_S = 0.05
+PROBE_TIMEOUT_S = 2.0  # a health check that takes longer means "not yet"
+TAIL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How to start an engine."""
+
+    command: Sequence[str]
+    env: Mapping[str, str]  # the whole environment
+
+
+class EngineProcess:
+    """
+    The process tree of one engine, running from the constructor on.
+
+    Its socket and its temporary files lie in a private folder of its own, which goes with it; its log,
+    `<name>.log` in *run_dir*, stays until the next start.
+
+    Raises
+    ------
+    BadSetting
+        The path of *run_dir* leaves no room for a Unix socket.
+    """
+
+    def __init__(self, *, name: str, run_dir: Path, launch: Callable[[Path], Launch]) -> None:
+        self.name = name
+        self.ready = False
+        self.log = run_dir / f"{name}.log"
+        self._folder = Path(tempfile.mkdtemp(prefix="e", dir=run_dir))  # only our user may enter it
+        self.socket = _checked(self._folder / "s")
+        self._marker = uuid.uuid4().hex
+        self._asked_to_stop = False
+        self._known: set[psutil.Process] = set()
+        self._gone = threading.Event()  # no process of the tree is left
+
+        launched = launch(self.socket)
+        temporary = self._folder / "tmp"
+        temporary.mkdir()
+        with self.log.open("wb") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", guard.__file__, "--remove", str(self._folder), "--", *launched.command],
+                stdin=subprocess.PIPE,  # never written to: held open, it tells the guard that we live
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=temporary,
+                env={**launched.env, "TMPDIR": str(temporary), MARKER: self._marker},
+                start_new_session=True,
+            )
+        threading.Thread(target=self._watch, name=f"engine-watch-{name}", daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        """Is the tree running? It ends as a whole: False as soon as its guard has ended."""
+        return self._guard.returncode is None
+
+    def pids(self) -> tuple[int, ...]:
+        """The process tree: the guard, the engine, and the engine's own children."""
+        return tuple(process.pid for process in self._tree())
+
+    def rss_bytes(self) -> int:
+        """Resident bytes of the tree; pages that its processes share are counted in each."""
+        return sum(_rss_bytes(process) for process in self._tree())
+
+    def tail(self) -> str:
+        """The end of what the engine printed."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+            return log.read().decode(errors="replace")
+
+    def wait_gone(self, timeout_s: float) -> bool:
+        """Wait until no process of the tree is left; False if some still are after *timeout_s*."""
+        return self._gone.wait(timeout_s)
+
+    def wait_ready(self, *, timeout_s: float) -> None:
+        """
+        Wait until the engine answers its health check.
+
+        Raises
+        ------
+        LoadFailed
+            It ended, or did not answer within *timeout_s*; in the second case it still runs.
+        """
+        deadline = time.monotonic() + timeout_s
+        transport = httpx.HTTPTransport(uds=str(self.socket))
+        with httpx.Client(transport=transport, timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
+            while not _healthy(client):
+                if self._gone.wait(POLL_S):
+                    raise LoadFailed(self._why_it_ended())
+                if time.monotonic() >= deadline:
+                    raise LoadFailed(
+                        f"{self.name} did not become ready within {timeout_s:g} s. {explain_failure(self.tail())} "
+                        f"Its whole log: {self.log}. If it was only slow, raise SWITCH_TIMEOUT_S."
+                    )
+        self.ready = True
+
+    def ask_to_stop(self) -> None:
+        """Begin to end the tree, without waiting."""
+        self._asked_to_stop = True
+        self._guard.terminate()
+
+    def stop(self, *, timeout_s: float) -> None:
+        """
+        End the tree and see every process gone.
+
+        Raises
+        ------
+        EngineTimeout
+            Some process is still there after *timeout_s* and SIGKILL.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._known.update(self._tree())
+        self.ask_to_stop()
+        if not self._gone.wait(min(2 * guard.GRACE_S, timeout_s / 2)):
+            self._guard.kill()  # it hangs; the watcher ends the rest
+        self._gone.wait(max(0.0, deadline - time.monotonic()))
+        left = sorted(process.pid for process in _running(self._known))
+        if left or not self._gone.is_set():
+            raise EngineTimeout(
+                f"{self.name}: processes {left} are still there {timeout_s:g} s after SIGTERM and SIGKILL. A process "
+                "that cannot be killed waits for a driver or a disk: look at dmesg; the machine may need a restart."
+            )
+
+    def _watch(self) -> None:
+        """Wait for the guard; whatever it could not end (it may have been killed itself) is ended here."""
+        self._guard.wait()
+        while lost := _running(self._known | self._members()):
+            for process in lost:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    continue
+            time.sleep(POLL_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+        self._gone.set()
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            top = psutil.Process(self._guard.pid)
+            return [top, *top.children(recursive=True)] if self.alive else []
+        except psutil.NoSuchProcess:
+            return []
+
+    def _members(self) -> set[psutil.Process]:
+        """Processes of our session or with our marker: an orphan has lost its parent, but not these."""
+        found: set[psutil.Process] = set()
+        for process in psutil.process_iter():
+            try:
+                # Both, because a daemon leaves the session, and setproctitle (vLLM uses it) wipes the environment.
+                if os.getsid(process.pid) == self._guard.pid or process.environ().get(MARKER) == self._marker:
+                    found.add(process)
+            except (psutil.Error, OSError):
+                continue  # ended while we looked, or another user's
+        return found
+
+    def _why_it_ended(self) -> str:
+        if self._asked_to_stop:
+            return f"{self.name} was stopped while it was loading."
+        return (
+            f"{self.name} ended while it was loading (exit code {self._guard.returncode}). "
+            f"{explain_failure(self.tail())} Its whole log: {self.log}."
+        )
+
+
+def _checked(socket: Path) -> Path:
+    if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
+        socket.parent.rmdir()
+        raise BadSetting(
+            f"WORKER_RUN_DIR={socket.parent.parent}: too long for a Unix socket, whose whole path ({socket}) may have "
+            f"{SOCKET_PATH_BYTES} bytes. Choose a shorter folder."
+        )
+    return socket
+
+
+def _healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("http://engine/health").is_success
+    except httpx.TransportError:
+        return False
+
+
+def _running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run. psutil compares the time of creation too, so a reused pid is not mistaken for one."""
+    return [process for process in processes if process.is_running() and not _is_zombie(process)]
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _rss_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
