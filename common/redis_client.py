@@ -24,14 +24,18 @@ CONNECT_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 10.0  # a full Redis on a slow disk may pause; a dead connection must not hang for ever
 
 
-def connect(url: str) -> RedisClient:
-    """A client for *url*; it connects at the first command, and tries a broken connection twice more."""
+def connect(url: str, *, patient: bool = False) -> RedisClient:
+    """
+    A client for *url*; it connects at the first command.
+
+    A broken connection is tried twice more; a *patient* client, for what must not be lost, never gives up.
+    """
     return redis.Redis.from_url(
         url,
         decode_responses=True,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=ANSWER_TIMEOUT_S,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=2 if patient else 0.5), retries=-1 if patient else 2),
     )
 
 

@@ -159,10 +159,10 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
         message, exchange, routing_key = loads(bytes_to_str(entry))
         message.setdefault("headers", {})["redelivered"] = True
         message["properties"]["delivery_info"]["redelivered"] = True
-        priority = channel._get_message_priority(message, reverse=False)  # noqa: SLF001 - we are the channel
-        queue = next(iter(channel._lookup(exchange, routing_key)), routing_key)  # noqa: SLF001
+        priority = channel._get_message_priority(message, reverse=False)
+        queue = next(iter(channel._lookup(exchange, routing_key)), routing_key)
         moved = redis.eval(
-            _GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, channel._q_for_pri(queue, priority),  # noqa: SLF001
+            _GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, channel._q_for_pri(queue, priority),
             tag, owner, entry, dumps(message), side,
         )  # fmt: skip
         return bool(moved)
@@ -229,7 +229,7 @@ class Channel(stock.Channel):
                 raise Empty
             queue = bytes_to_str(name).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
-            self.connection._deliver(loads(bytes_to_str(item)), queue)  # noqa: SLF001 - kombu's way
+            self.connection._deliver(loads(bytes_to_str(item)), queue)
             return True
         finally:
             self._in_poll = None

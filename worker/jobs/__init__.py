@@ -1,0 +1,1 @@
+"""How does one job become one stored outcome?"""

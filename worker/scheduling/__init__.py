@@ -1,0 +1,1 @@
+"""Whose queue is served next?"""

@@ -1,0 +1,138 @@
+"""
+JobStore, the protocol: what is remembered of a job, and a store in memory for tests and stand-ins.
+
+One outcome per job: `finish` keeps the first and gives back the one that was kept, whoever asks and
+whatever attempt it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from common.schemas import JobState, JobView, Outcome, Route, utc_now
+
+
+class JobStore(Protocol):
+    """What Redis remembers of jobs. Every method may raise redis.RedisError when it cannot be reached."""
+
+    def note_queued(self, job_id: str) -> None:
+        """The router has seen the job; the first time counts as the time it was queued."""
+        ...
+
+    def note_routed(self, job_id: str, route: Route) -> None:
+        """The job is on its way to a model's queue."""
+        ...
+
+    def begin(self, job_id: str, *, delivery: str) -> int | None:
+        """
+        Start an attempt for the message with the tag *delivery*; give its number, from 1.
+
+        None: another message with the same job is in flight, so this one is a copy and may be dropped. (A
+        router that dies between publishing and acknowledging leaves such copies.)
+        """
+        ...
+
+    def note_handed_back(self, job_id: str) -> None:
+        """The attempt ended without an outcome; the job waits in its model's queue again."""
+        ...
+
+    def note_fault(self, job_id: str) -> int:
+        """The engine died or hung under the job; give how often by now."""
+        ...
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Store *outcome* unless there is one; give the outcome of record."""
+        ...
+
+    def outcome(self, job_id: str) -> Outcome | None:
+        """The outcome of record, if the job has ended and is not forgotten yet."""
+        ...
+
+    def view(self, job_id: str) -> JobView:
+        """What is known of the job now."""
+        ...
+
+    def ask_cancel(self, job_id: str) -> None:
+        """Remember that the job should stop."""
+        ...
+
+    def asked_to_cancel(self, job_ids: Iterable[str]) -> frozenset[str]:
+        """Which of these jobs should stop."""
+        ...
+
+
+class MemoryJobStore:
+    """A JobStore in this process; *in_flight* tells whether a delivery tag is still being worked on."""
+
+    def __init__(self, in_flight: Callable[[str], bool] = lambda _tag: True) -> None:
+        self._in_flight = in_flight
+        self._lock = threading.Lock()
+        self._views: dict[str, JobView] = {}
+        self._claims: dict[str, str] = {}
+        self._faults: dict[str, int] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        self._cancels: set[str] = set()
+
+    def note_queued(self, job_id: str) -> None:
+        """See JobStore."""
+        with self._lock:
+            queued = JobView(job_id=job_id, state=JobState.QUEUED, queued_at=utc_now())
+            self._views.setdefault(job_id, queued)
+
+    def note_routed(self, job_id: str, route: Route) -> None:
+        """See JobStore."""
+        self._change(job_id, state=JobState.ROUTED, model=route.model, complexity=route.complexity, why=route.why)
+
+    def begin(self, job_id: str, *, delivery: str) -> int | None:
+        """See JobStore."""
+        with self._lock:
+            claim = self._claims.get(job_id)
+            if claim is not None and claim != delivery and self._in_flight(claim):
+                return None
+            self._claims[job_id] = delivery
+            attempts = self._view(job_id).attempts + 1
+        self._change(job_id, state=JobState.RUNNING, attempts=attempts)
+        return attempts
+
+    def note_handed_back(self, job_id: str) -> None:
+        """See JobStore."""
+        self._change(job_id, state=JobState.ROUTED)
+
+    def note_fault(self, job_id: str) -> int:
+        """See JobStore."""
+        with self._lock:
+            self._faults[job_id] = self._faults.get(job_id, 0) + 1
+            return self._faults[job_id]
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """See JobStore."""
+        with self._lock:
+            kept = self._outcomes.setdefault(outcome.job_id, outcome)
+        self._change(outcome.job_id, state=kept.state)
+        return kept
+
+    def outcome(self, job_id: str) -> Outcome | None:
+        """See JobStore."""
+        return self._outcomes.get(job_id)
+
+    def view(self, job_id: str) -> JobView:
+        """See JobStore."""
+        with self._lock:
+            return self._view(job_id)
+
+    def ask_cancel(self, job_id: str) -> None:
+        """See JobStore."""
+        self._cancels.add(job_id)
+
+    def asked_to_cancel(self, job_ids: Iterable[str]) -> frozenset[str]:
+        """See JobStore."""
+        return frozenset(self._cancels.intersection(job_ids))
+
+    def _view(self, job_id: str) -> JobView:
+        return self._views.get(job_id, JobView(job_id=job_id, state=JobState.UNKNOWN))
+
+    def _change(self, job_id: str, **fields: object) -> None:
+        with self._lock:
+            self._views[job_id] = self._view(job_id).model_copy(update=fields)

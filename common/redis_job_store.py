@@ -1,0 +1,107 @@
+"""
+The JobStore in Redis: a hash, an outcome and a cancel mark per job, each with a lifetime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from common import keys
+from common.redis_client import RedisClient
+from common.schemas import JobState, JobView, Outcome, Route, utc_now
+
+# KEYS: the job's hash, unacked. ARGV: this delivery's tag, lifetime in seconds, the state to set.
+# Returns the attempt's number, or 0 if another delivery of the same job is in flight.
+_BEGIN = """
+local claim = redis.call('HGET', KEYS[1], 'claim')
+if claim and claim ~= ARGV[1] and redis.call('HEXISTS', KEYS[2], claim) == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'claim', ARGV[1], 'state', ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return redis.call('HINCRBY', KEYS[1], 'attempts', 1)
+"""
+
+# KEYS: the outcome, the job's hash. ARGV: the outcome as JSON, its state, lifetime in seconds.
+# Returns the outcome of record.
+_FINISH = """
+local kept = redis.call('GET', KEYS[1])
+if kept then return kept end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
+redis.call('HSET', KEYS[2], 'state', ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return ARGV[1]
+"""
+
+
+class RedisJobStore:
+    """What Redis remembers of jobs; forgotten *ttl_s* seconds after the last change."""
+
+    def __init__(self, client: RedisClient, *, ttl_s: float) -> None:
+        self._redis = client
+        self._ttl_s = int(ttl_s)
+        self._begin = client.register_script(_BEGIN)
+        self._finish = client.register_script(_FINISH)
+
+    def note_queued(self, job_id: str) -> None:
+        """See JobStore."""
+        key = keys.job(job_id)
+        with self._redis.pipeline() as pipe:
+            pipe.hsetnx(key, "queued_at", utc_now().timestamp())
+            pipe.hsetnx(key, "state", JobState.QUEUED)
+            pipe.expire(key, self._ttl_s)
+            pipe.execute()
+
+    def note_routed(self, job_id: str, route: Route) -> None:
+        """See JobStore."""
+        routed = {"state": JobState.ROUTED, "model": route.model, "complexity": route.complexity, "why": route.why}
+        self._redis.hset(keys.job(job_id), mapping=routed)
+
+    def begin(self, job_id: str, *, delivery: str) -> int | None:
+        """See JobStore."""
+        found = self._begin(keys=[keys.job(job_id), keys.UNACKED], args=[delivery, self._ttl_s, JobState.RUNNING])
+        return int(found) or None
+
+    def note_handed_back(self, job_id: str) -> None:
+        """See JobStore."""
+        self._redis.hset(keys.job(job_id), "state", JobState.ROUTED)
+
+    def note_fault(self, job_id: str) -> int:
+        """See JobStore."""
+        return int(self._redis.hincrby(keys.job(job_id), "faults", 1))
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """See JobStore."""
+        kept = self._finish(
+            keys=[keys.outcome(outcome.job_id), keys.job(outcome.job_id)],
+            args=[outcome.model_dump_json(exclude_none=True), outcome.state, self._ttl_s],
+        )
+        return Outcome.model_validate_json(kept)
+
+    def outcome(self, job_id: str) -> Outcome | None:
+        """See JobStore."""
+        stored = self._redis.get(keys.outcome(job_id))
+        return None if stored is None else Outcome.model_validate_json(stored)
+
+    def view(self, job_id: str) -> JobView:
+        """See JobStore."""
+        found: dict[str, str] = self._redis.hgetall(keys.job(job_id))
+        queued_at = found.get("queued_at")
+        return JobView(
+            job_id=job_id,
+            state=JobState(found.get("state", JobState.UNKNOWN)),
+            model=found.get("model"),
+            complexity=float(found["complexity"]) if "complexity" in found else None,
+            why=found.get("why"),
+            queued_at=datetime.fromtimestamp(float(queued_at), UTC) if queued_at else None,
+            attempts=int(found.get("attempts", 0)),
+        )
+
+    def ask_cancel(self, job_id: str) -> None:
+        """See JobStore."""
+        self._redis.set(keys.cancel(job_id), "1", ex=self._ttl_s)
+
+    def asked_to_cancel(self, job_ids: Iterable[str]) -> frozenset[str]:
+        """See JobStore."""
+        ids = list(job_ids)
+        marks = self._redis.mget([keys.cancel(job_id) for job_id in ids]) if ids else []
+        return frozenset(job_id for job_id, mark in zip(ids, marks, strict=True) if mark)

@@ -1,0 +1,208 @@
+"""
+Runs one job: ended before? may it run? then generate, and store the one outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from common.errors import (
+    AttemptsExhausted,
+    DeadlineExceeded,
+    EngineDied,
+    EngineNotReady,
+    JobCancelled,
+    ShiftworkerError,
+    Unavailable,
+)
+from common.job_store import JobStore
+from common.logs import get_logger
+from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
+from worker.catalog.spec import EngineKind
+from worker.engines.base import Call, Completion, Engine, JobStopped, StopSignal
+from worker.residency.board import ResidencyBoard
+from worker.selection.placement import Placement
+
+logger = get_logger(__name__)
+
+_NOT_READY_PAUSE_S = 0.2  # before a job goes back to a queue that is about to be closed: no busy loop
+
+
+class HandBack(Exception):
+    """The job has no outcome yet; its message must go back to the head of its queue."""
+
+
+class DuplicateDelivery(Exception):
+    """Another message with the same job is in flight; this copy must be dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobLimits:
+    """What one job may take."""
+
+    timeout_s: float  # in the engine, per attempt
+    max_attempts: int  # engine deaths and hangs under one job
+
+
+class JobRunner:
+    """Runs jobs on the models that are ready; called from many threads at once."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        store: JobStore,
+        board: ResidencyBoard,
+        placements: Mapping[str, Placement],
+        engines: Mapping[EngineKind, Engine],
+        limits: JobLimits,
+        switch_seconds: Callable[[datetime, datetime], float],
+        engine_trouble: Callable[[], object],
+    ) -> None:
+        self._worker = worker
+        self._store = store
+        self._board = board
+        self._placements = placements
+        self._engines = engines
+        self._limits = limits
+        self._switch_seconds = switch_seconds
+        self._engine_trouble = engine_trouble
+
+    def run(self, job_id: str, request: JobRequest, route: Route, *, delivery: str, stop: StopSignal) -> Outcome:
+        """
+        Bring the job to its outcome. *delivery* is the tag of the message that brought it.
+
+        The questions, in order:
+
+        1. Has it ended already?                    Give the stored outcome: this is a second delivery.
+        2. Did somebody cancel it?                  Cancelled.
+        3. Has its deadline passed?                 Expired.
+        4. Is its model ready here?                 If not, the message goes back.
+        5. Is another copy of it in flight?         If so, this one is dropped.
+        6. Otherwise                                Generate, and store what came of it.
+
+        Raises
+        ------
+        HandBack, DuplicateDelivery
+            There is no outcome; what must happen to the message.
+        """
+        # (1) Ended already.
+        ended = self._store.outcome(job_id)
+        if ended is not None:
+            return ended
+
+        view = self._store.view(job_id)
+        started = utc_now()
+        ledger = Ledger(
+            model=route.model, complexity=route.complexity, why=route.why, worker=self._worker,
+            attempt=view.attempts, queued_at=view.queued_at,
+        )  # fmt: skip
+
+        # (2) Cancelled. (3) Expired.
+        if job_id in self._store.asked_to_cancel([job_id]):
+            return self._end(job_id, ledger, _cancelled(job_id))
+        if request.deadline is not None and started >= request.deadline:
+            return self._end(job_id, ledger, _expired(request.deadline, "while the job waited"))
+
+        try:
+            # (4) Its model, ready for as long as it runs.
+            with self._board.enter(route.model):
+                # (5) One copy at a time.
+                attempt = self._store.begin(job_id, delivery=delivery)
+                if attempt is None:
+                    raise DuplicateDelivery
+                # (6) Generate.
+                ledger = ledger.model_copy(update={"attempt": attempt, **self._waited(view.queued_at, started)})
+                completion = self._generate(request, route, started, stop)
+        except EngineNotReady:
+            stop.wait(_NOT_READY_PAUSE_S)
+            raise self._handed_back(job_id) from None
+        except Unavailable as error:
+            return self._end(job_id, ledger, self._fault(job_id, request, error))
+        except JobStopped as stopped:
+            return self._end(job_id, ledger, self._stopped(job_id, stopped.reason))
+        except ShiftworkerError as error:
+            return self._end(job_id, ledger, error)
+        return self._answered(job_id, ledger, completion)
+
+    def _generate(self, request: JobRequest, route: Route, now: datetime, stop: StopSignal) -> Completion:
+        placement = self._placements[route.model]
+        timeout_s = self._limits.timeout_s
+        if request.deadline is not None:
+            timeout_s = min(timeout_s, (request.deadline - now).total_seconds())
+        call = Call(path=request.kind, body=request.engine_body(route.model), timeout_s=timeout_s)
+        return self._engines[placement.spec.engine].generate(route.model, call, stop)
+
+    def _waited(self, queued_at: datetime | None, started: datetime) -> dict[str, float]:
+        if queued_at is None:
+            return {}
+        waited = max(timedelta(), started - queued_at).total_seconds()
+        return {"waited_s": round(waited, 4), "switch_s": round(self._switch_seconds(queued_at, started), 4)}
+
+    def _fault(self, job_id: str, request: JobRequest, error: Unavailable) -> ShiftworkerError:
+        """What an engine's death or silence means for the job: another attempt, or the end."""
+        if request.deadline is not None and utc_now() >= request.deadline:
+            return _expired(request.deadline, "while the engine worked on it")
+        if isinstance(error, EngineDied):
+            self._engine_trouble()
+        faults = self._store.note_fault(job_id)
+        logger.warning("jobs.fault", job_id=job_id, faults=faults, error=error.message)
+        if faults < self._limits.max_attempts:
+            raise self._handed_back(job_id)
+        return AttemptsExhausted(
+            f"The engine failed under this job {faults} times, the last time with: {error.message} It is not tried "
+            "again; shorten the prompt or max_tokens, or see the worker's log for what the engine said."
+        )
+
+    def _stopped(self, job_id: str, reason: str) -> ShiftworkerError:
+        """What a stop means for the job."""
+        if reason == "cancelled":
+            return _cancelled(job_id)
+        if reason == "deadline":
+            return DeadlineExceeded("The job's time limit passed while the engine worked on it; it was stopped there.")
+        raise self._handed_back(job_id)
+
+    def _handed_back(self, job_id: str) -> HandBack:
+        self._store.note_handed_back(job_id)
+        return HandBack()
+
+    def _answered(self, job_id: str, ledger: Ledger, completion: Completion) -> Outcome:
+        measured = ledger.model_copy(
+            update={
+                "prefill_s": completion.prefill_s,
+                "decode_s": completion.decode_s,
+                "run_s": round(completion.run_s, 4),
+                "prompt_tokens": completion.prompt_tokens,
+                "completion_tokens": completion.completion_tokens,
+                "finished_at": utc_now(),
+            }
+        )
+        return self._finish(
+            Outcome(job_id=job_id, state=JobState.ANSWERED, response=dict(completion.response), ledger=measured)
+        )
+
+    def _end(self, job_id: str, ledger: Ledger, error: ShiftworkerError) -> Outcome:
+        return self._finish(outcome_of(error, job_id, ledger.model_copy(update={"finished_at": utc_now()})))
+
+    def _finish(self, outcome: Outcome) -> Outcome:
+        kept = self._store.finish(outcome)
+        logger.info("jobs.ended", job_id=kept.job_id, state=kept.state, model_id=kept.ledger.model)
+        return kept
+
+
+def outcome_of(error: ShiftworkerError, job_id: str, ledger: Ledger) -> Outcome:
+    """The outcome of a job that ends with *error*."""
+    if isinstance(error, JobCancelled):
+        return Outcome(job_id=job_id, state=JobState.CANCELLED, error=ErrorBody.of(error), ledger=ledger)
+    state = JobState.EXPIRED if isinstance(error, DeadlineExceeded) else JobState.FAILED
+    return Outcome(job_id=job_id, state=state, error=ErrorBody.of(error), ledger=ledger)
+
+
+def _cancelled(job_id: str) -> JobCancelled:
+    return JobCancelled(f"Job {job_id} was cancelled.")
+
+
+def _expired(deadline: datetime, when: str) -> DeadlineExceeded:
+    return DeadlineExceeded(f"The job's deadline, {deadline.isoformat()}, passed {when}.")

@@ -1,0 +1,96 @@
+"""
+The board: the one place where it stands what is loaded, and the door every job goes through.
+
+`enter` and `leave` are the jobs' side: nobody gets in unless his model is ready, so no job runs under the
+wrong model. Everything else is the switcher's, its only writer. Readers take a frozen `Residency`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from common.errors import EngineNotReady
+from worker.state.residency import Level, Quarantine, Residency, Resident, Switching
+
+
+class ResidencyBoard:
+    """What is loaded now, for many threads."""
+
+    def __init__(self, *, capacity: int, max_residents: int) -> None:
+        self._residency = Residency(capacity=capacity, max_residents=max_residents)
+        self._changed = threading.Condition()
+
+    def read(self) -> Residency:
+        """What is loaded now."""
+        return self._residency
+
+    @contextmanager
+    def enter(self, model_id: str) -> Iterator[None]:
+        """
+        Hold *model_id* ready while a job runs on it.
+
+        Raises
+        ------
+        EngineNotReady
+            It is not ready, or no longer.
+        """
+        with self._changed:
+            if not self._residency.ready(model_id):
+                raise EngineNotReady(f"Model {model_id} is not ready on this worker; the job waits in its queue.")
+            self._count(model_id, 1)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count(model_id, -1)
+                self._changed.notify_all()
+
+    def _count(self, model_id: str, change: int) -> None:
+        found = self._residency.resident(model_id)
+        if found is not None:  # its engine may have died under the job
+            self.put(replace(found, in_flight=max(0, found.in_flight + change)))
+
+    def wait_empty(self, model_id: str, *, timeout_s: float) -> bool:
+        """Wait until no job runs on *model_id*; False if *timeout_s* was not enough."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight(model_id) == 0, timeout_s)
+
+    def _in_flight(self, model_id: str) -> int:
+        found = self._residency.resident(model_id)
+        return found.in_flight if found else 0
+
+    # --- the switcher's side -------------------------------------------------------------------------
+
+    def put(self, resident: Resident) -> None:
+        """Add *resident*, or replace what is known of it."""
+        others = tuple(r for r in self._residency.residents if r.model_id != resident.model_id)
+        self._set(residents=(*others, resident))
+
+    def set_level(self, model_id: str, level: Level) -> None:
+        """Change how far *model_id* is from answering."""
+        with self._changed:
+            found = self._residency.resident(model_id)
+            if found is not None:
+                self.put(replace(found, level=level))
+
+    def remove(self, model_id: str) -> None:
+        """*model_id* holds nothing any more."""
+        self._set(residents=tuple(r for r in self._residency.residents if r.model_id != model_id))
+
+    def switching(self, switching: Switching | None) -> None:
+        """A switch was asked for, has moved on, or has ended."""
+        self._set(switching=switching)
+
+    def quarantine(self, model_id: str, quarantine: Quarantine | None) -> None:
+        """Leave *model_id* alone for a while, or forget that it failed."""
+        with self._changed:
+            others = {name: q for name, q in self._residency.quarantined.items() if name != model_id}
+            self._set(quarantined=others if quarantine is None else {**others, model_id: quarantine})
+
+    def _set(self, **fields: object) -> None:
+        with self._changed:
+            self._residency = replace(self._residency, **fields)  # type: ignore[arg-type]  # its own field names
+            self._changed.notify_all()

@@ -1,0 +1,64 @@
+"""
+May a model be loaded on these cards right now? A pure answer: the list of what speaks against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from worker.hardware.gpu import Gpu, Machine
+from worker.selection.placement import Placement
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadLimits:
+    """What a card may show before a load."""
+
+    max_temperature_c: float
+    max_power_share: float  # of the card's own power limit
+
+
+def check_load(machine: Machine, placement: Placement, limits: LoadLimits) -> tuple[str, ...]:
+    """
+    Say what speaks against loading *placement* now; empty = go ahead.
+
+    For each card of the placement: is it there, cool enough, below its power limit, and is enough memory
+    free? On the CPU: is enough memory available? What the driver does not say speaks against nothing.
+    """
+    if not placement.gpus:
+        return _short_of(placement, machine.ram_available_bytes, "the host")
+    cards = {gpu.index: gpu for gpu in machine.gpus}
+    return tuple(
+        problem
+        for index in placement.gpus
+        for problem in (
+            _card_problems(cards[index], placement, limits)
+            if index in cards
+            else (f"card {index} does not answer any more",)
+        )
+    )
+
+
+def _card_problems(gpu: Gpu, placement: Placement, limits: LoadLimits) -> Sequence[str]:
+    name = f"card {gpu.index}"
+    problems: list[str] = []
+    if gpu.temperature_c is not None and gpu.temperature_c > limits.max_temperature_c:
+        problems.append(f"{name} is at {gpu.temperature_c:.0f} C, above {limits.max_temperature_c:.0f} C")
+    if gpu.power_w is not None and gpu.power_limit_w and gpu.power_w / gpu.power_limit_w > limits.max_power_share:
+        problems.append(
+            f"{name} draws {gpu.power_w:.0f} W, above {limits.max_power_share:.0%} of its {gpu.power_limit_w:.0f} W"
+        )
+    if gpu.free_bytes is not None:
+        problems.extend(_short_of(placement, gpu.free_bytes, name))
+    return problems
+
+
+def _short_of(placement: Placement, free_bytes: int, where: str) -> tuple[str, ...]:
+    needed = placement.memory.total
+    if needed <= free_bytes:
+        return ()
+    has, needs = f"{free_bytes / _GIB:.1f} GiB free", f"{needed / _GIB:.1f} GiB"
+    return (f"{where} has {has}, {placement.model_id} needs {needs} (did another program take the memory?)",)

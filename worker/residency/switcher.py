@@ -1,0 +1,322 @@
+"""
+Carries out switches: drain, unload, load, verify; again if it fails; the only writer of the board.
+
+One switch at a time, on the thread of the switch task. Every wait has an end, and every stage is told.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from common.errors import LoadFailed, LoadRefused, ShiftworkerError, UnknownModel
+from common.logs import get_logger
+from common.schemas import BodyKind, SwitchRecord, SwitchStage, utc_now
+from worker.catalog.spec import EngineKind
+from worker.engines.base import Call, Engine, EngineState, JobStopped, StopSignal
+from worker.hardware.gpu import MachineReader
+from worker.residency.board import ResidencyBoard
+from worker.residency.check import LoadLimits, check_load
+from worker.residency.plan import plan_switch
+from worker.selection.placement import Placement
+from worker.state.residency import Level, Quarantine, Resident, Switching
+
+logger = get_logger(__name__)
+
+_HANDBACK_S = 30.0  # a job that was told to stop has this long to leave before its engine is ended anyway
+_STOP_S = 30.0  # for an engine's processes to be gone
+_PAUSE_S = 2.0  # between attempts: time for a hot card or a leaving process
+_MAX_QUARANTINE_DOUBLINGS = 6
+
+CANARY = "Say OK."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchLimits:
+    """How long and how often."""
+
+    attempt_s: float  # to load and verify
+    attempts: int
+    drain_s: float  # for jobs in flight to end by themselves
+    quarantine_s: float  # the first pause after failing; doubles each time
+    load: LoadLimits
+
+
+class Handback(Protocol):
+    """Tells the jobs that run on a model to stop and go back to their queue."""
+
+    def __call__(self, model_id: str) -> None:
+        """Tell them; returns at once."""
+
+
+class Switcher:
+    """Makes models ready, one after the other."""
+
+    def __init__(
+        self,
+        *,
+        board: ResidencyBoard,
+        placements: Mapping[str, Placement],
+        engines: Mapping[EngineKind, Engine],
+        machine: MachineReader,
+        limits: SwitchLimits,
+        hand_back: Handback,
+        record: Callable[[SwitchRecord], None],
+        pause: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._board = board
+        self._placements = placements
+        self._engines = engines
+        self._machine = machine
+        self._limits = limits
+        self._hand_back = hand_back
+        self._record = record
+        self._pause = pause
+        self._one_at_a_time = threading.Lock()
+        self._newest_epoch = 0
+
+    def ask(self, model_id: str, epoch: int) -> None:
+        """Note on the board that a switch to *model_id* was asked for; an older one will do nothing."""
+        self._newest_epoch = max(self._newest_epoch, epoch)
+        self._board.switching(Switching(to_model=model_id, epoch=epoch, since=time.time()))
+
+    def switch(
+        self,
+        model_id: str,
+        *,
+        epoch: int | None = None,
+        reason: str = "",
+        force: bool = False,
+        on_stage: Callable[[SwitchStage, str], None] = lambda _stage, _detail: None,
+    ) -> SwitchRecord:
+        """
+        Make *model_id* ready; returns what happened, also when it failed.
+
+        *epoch* None comes from a person and is always carried out; *force* skips the checks of temperature,
+        power and free memory. Each stage is told to *on_stage* as it begins.
+
+        Raises
+        ------
+        UnknownModel
+            This worker has no placement for *model_id*.
+        """
+        if model_id not in self._placements:
+            raise UnknownModel(
+                f"This worker has no model {model_id!r}; it has {', '.join(sorted(self._placements)) or 'none'}. "
+                "`shiftworker models` says why the others were left out."
+            )
+        with self._one_at_a_time:
+            run = _Run(self, self._placements[model_id], reason=reason, force=force, on_stage=on_stage)
+            if epoch is not None and epoch < self._newest_epoch:
+                return run.finished("stale")
+            try:
+                return run.carry_out(epoch or self._newest_epoch)
+            finally:
+                self._board.switching(None)
+
+    def note_deaths(self) -> tuple[str, ...]:
+        """Take engines that died by themselves off the board; returns their models. Cheap; call it often."""
+        dead = tuple(
+            model_id for model_id in self._board.read().ready_models if self._state(model_id) is not EngineState.READY
+        )
+        for model_id in dead:
+            logger.error("residency.engine_died", model_id=model_id)
+            self._board.remove(model_id)
+        return dead
+
+    def close(self) -> None:
+        """End every engine: the worker leaves."""
+        for engine in self._engines.values():
+            engine.close()
+        for resident in self._board.read().residents:
+            self._board.remove(resident.model_id)
+
+    def _state(self, model_id: str) -> EngineState:
+        return self._engine(model_id).state(model_id)
+
+    def _engine(self, model_id: str) -> Engine:
+        return self._engines[self._placements[model_id].spec.engine]
+
+
+class _Run:
+    """One switch under way."""
+
+    def __init__(
+        self,
+        switcher: Switcher,
+        placement: Placement,
+        *,
+        reason: str,
+        force: bool,
+        on_stage: Callable[[SwitchStage, str], None],
+    ) -> None:
+        self._switcher = switcher
+        self._board = switcher._board
+        self._limits = switcher._limits
+        self._placement = placement
+        self._reason = reason
+        self._force = force
+        self._on_stage = on_stage
+        self._began = time.monotonic()
+        self._stages: dict[SwitchStage, float] = {}
+        self._stage: tuple[SwitchStage, float] | None = None
+        self._attempts = 0
+        self._epoch = 0
+        ready = self._board.read().ready_models
+        self._from = ready[0] if ready else None
+
+    def carry_out(self, epoch: int) -> SwitchRecord:
+        """Stop what must go, then start the model, in as many attempts as allowed."""
+        self._epoch = epoch
+        model_id = self._placement.model_id
+        plan = plan_switch(self._board.read(), model_id, self._placement.memory.total)
+        logger.info("residency.planned", model_id=model_id, stop=plan.stop, reason=plan.reason)
+        if plan.start is None:
+            return self.finished("ready" if self._board.read().ready(model_id) else "failed", plan.reason)
+        try:
+            self._make_room(plan.stop)
+            self._start()
+        except ShiftworkerError as error:
+            self._give_up(error)
+            return self.finished("failed", error.message)
+        self._board.quarantine(model_id, None)
+        return self.finished("ready", plan.reason)
+
+    def _make_room(self, stop: tuple[str, ...]) -> None:
+        if stop:
+            self._enter(SwitchStage.DRAINING, f"jobs on {', '.join(stop)} end")
+        for model_id in stop:
+            self._board.set_level(model_id, Level.STOPPING)
+        for model_id in stop:
+            if not self._board.wait_empty(model_id, timeout_s=self._limits.drain_s):
+                logger.warning("residency.handing_back", model_id=model_id, after_s=self._limits.drain_s)
+                self._switcher._hand_back(model_id)
+                self._board.wait_empty(model_id, timeout_s=_HANDBACK_S)
+        if stop:
+            self._enter(SwitchStage.UNLOADING, f"{', '.join(stop)} ends")
+        for model_id in stop:
+            self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
+            self._board.remove(model_id)
+
+    def _start(self) -> None:
+        problem: ShiftworkerError | None = None
+        for attempt in range(1, self._limits.attempts + 1):
+            if problem is not None:
+                self._switcher._pause(_PAUSE_S)
+            self._attempts = attempt
+            try:
+                self._attempt()
+            except ShiftworkerError as error:
+                problem = error
+                self._clear_away()
+                logger.warning(
+                    "residency.attempt_failed", model_id=self._placement.model_id, attempt=attempt, error=error.message
+                )
+                if not error.retry_helps:
+                    break
+            else:
+                return
+        assert problem is not None  # noqa: S101 - at least one attempt was made, and none succeeded
+        raise problem
+
+    def _attempt(self) -> None:
+        placement = self._placement
+        model_id = placement.model_id
+        until = time.monotonic() + self._limits.attempt_s
+        self._enter(SwitchStage.LOADING, f"attempt {self._attempts} of {self._limits.attempts}")
+        if not self._force:
+            problems = check_load(self._switcher._machine.read(), placement, self._limits.load)
+            if problems:
+                raise LoadRefused(
+                    f"{model_id} is not loaded now: {'; '.join(problems)}. `shiftworker switch --force` loads it anyway."
+                )
+        resident = Resident(model_id=model_id, level=Level.STARTING, bytes=placement.memory.total, since=time.time())
+        self._board.put(resident)
+        engine = self._switcher._engine(model_id)
+        loaded = engine.ensure_ready(placement, timeout_s=self._limits.attempt_s)
+        self._enter(SwitchStage.VERIFYING, f"loaded in {loaded.seconds:.1f} s, canary prompt")
+        verify(engine, placement, timeout_s=max(1.0, until - time.monotonic()))
+        self._board.put(Resident(model_id=model_id, level=Level.READY, bytes=placement.memory.total, since=time.time()))
+
+    def _clear_away(self) -> None:
+        """Leave nothing of a failed attempt."""
+        model_id = self._placement.model_id
+        try:
+            self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
+        except ShiftworkerError as error:
+            logger.exception("residency.remains", model_id=model_id, error=error.message)
+        self._board.remove(model_id)
+
+    def _give_up(self, error: ShiftworkerError) -> None:
+        model_id = self._placement.model_id
+        before = self._board.read().quarantined.get(model_id)
+        failures = (before.failures if before else 0) + 1
+        pause_s = self._limits.quarantine_s * 2 ** min(failures - 1, _MAX_QUARANTINE_DOUBLINGS)
+        self._board.quarantine(
+            model_id, Quarantine(until=time.time() + pause_s, failures=failures, reason=error.message)
+        )
+        logger.error(
+            "residency.quarantined", model_id=model_id, seconds=pause_s, failures=failures, error=error.message
+        )
+
+    def _enter(self, stage: SwitchStage, detail: str) -> None:
+        self._leave()
+        self._stage = (stage, time.monotonic())
+        self._board.switching(
+            Switching(to_model=self._placement.model_id, epoch=self._epoch, since=time.time(), stage=stage)
+        )
+        logger.info("residency.stage", model_id=self._placement.model_id, stage=stage, detail=detail)
+        self._on_stage(stage, detail)
+
+    def _leave(self) -> None:
+        if self._stage is not None:
+            stage, since = self._stage
+            self._stages[stage] = self._stages.get(stage, 0.0) + time.monotonic() - since
+            self._stage = None
+
+    def finished(self, outcome: Any, detail: str = "") -> SwitchRecord:
+        """Tell the end of the switch, keep its record, and return it."""
+        self._leave()
+        record = SwitchRecord(
+            from_model=self._from,
+            to_model=self._placement.model_id,
+            outcome=outcome,
+            seconds=round(time.monotonic() - self._began, 4),
+            stages={stage: round(seconds, 4) for stage, seconds in self._stages.items()},
+            attempts=self._attempts,
+            reason="; ".join(part for part in (self._reason, detail) if part),
+            at=utc_now(),
+        )
+        logger.info("residency.switched", **record.model_dump(mode="json", exclude={"at"}))
+        if outcome != "stale":
+            self._on_stage(SwitchStage.READY if outcome == "ready" else SwitchStage.FAILED, record.reason)
+            self._switcher._record(record)
+        return record
+
+
+def verify(engine: Engine, placement: Placement, *, timeout_s: float) -> None:
+    """
+    See that the model answers a canary prompt with at least one token.
+
+    Raises
+    ------
+    LoadFailed
+        It does not; the message says what came instead.
+    """
+    model_id = placement.model_id
+    embeds = "embedding" in placement.spec.capabilities and "chat" not in placement.spec.capabilities
+    if embeds:
+        call = Call(path=BodyKind.EMBEDDING, body={"model": model_id, "input": CANARY}, timeout_s=timeout_s)
+    else:
+        messages = [{"role": "user", "content": CANARY}]
+        body = {"model": model_id, "messages": messages, "max_tokens": 4, "temperature": 0}
+        call = Call(path=BodyKind.CHAT, body=body, timeout_s=timeout_s)
+    try:
+        response = engine.generate(model_id, call, StopSignal()).response
+    except (ShiftworkerError, JobStopped) as error:
+        raise LoadFailed(f"{model_id} was loaded but its canary prompt failed: {error}") from error
+    if not response.get("data" if embeds else "choices"):
+        raise LoadFailed(f"{model_id} was loaded but answered its canary prompt with nothing: {response!r:.200}")

@@ -1,0 +1,150 @@
+"""
+The heartbeat: `step` looks, decides, acts. `World` is all it can touch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from common.logs import get_logger
+from common.schemas import HardwareStatus
+from worker.hardware.gpu import Machine
+from worker.scheduling.pick import Turn, pick_turn
+from worker.state.backlog import Backlog
+from worker.state.residency import Residency
+
+logger = get_logger(__name__)
+
+_ASKED_IN_VAIN_S = 10.0  # a switch that was asked for and has not begun by then is asked for again
+
+
+class World(Protocol):
+    """Everything the heartbeat may look at and do."""
+
+    def machine(self) -> Machine:
+        """The cards and the host, now."""
+        ...
+
+    def backlog(self) -> Backlog:
+        """The jobs that wait, now."""
+        ...
+
+    def residency(self) -> Residency:
+        """What is loaded, now; engines that died by themselves are off it."""
+        ...
+
+    def ask_for_switch(self, turn: Turn) -> None:
+        """Send the switch task for *turn*."""
+        ...
+
+    def serve(self, models: Iterable[str]) -> None:
+        """Take jobs for exactly these models."""
+        ...
+
+    def stop_cancelled_jobs(self) -> None:
+        """Tell running jobs that somebody cancelled."""
+        ...
+
+    def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
+        """Tell the outside how things are."""
+        ...
+
+
+class Runtime:
+    """Decides, a few times a second, which model should be ready; the deeds are the world's."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        models: Iterable[str],
+        starting: str | None,
+        max_wait_s: float,
+        min_turn_s: float,
+        status_every_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._world = world
+        self._models = tuple(models)
+        self._starting = starting
+        self._max_wait_s = max_wait_s
+        self._min_turn_s = min_turn_s
+        self._status_every_s = status_every_s
+        self._clock = clock
+        self._published: tuple[Residency, float] | None = None
+
+    def step(self) -> Turn:
+        """Look, decide, act."""
+        now = self._clock()
+        residency = self._world.residency()
+        backlog = self._world.backlog()
+
+        turn = pick_turn(
+            backlog,
+            residency,
+            self._models,
+            now=now,
+            max_wait_s=self._max_wait_s,
+            min_turn_s=self._min_turn_s,
+            starting=self._starting,
+        )
+        if self._needs_switch(turn, residency, now):
+            self._world.ask_for_switch(turn)
+        self._world.serve(residency.ready_models)
+        self._world.stop_cancelled_jobs()
+
+        if self._status_is_due(residency, now):
+            self._world.publish(self._world.machine(), residency, backlog, now=now)
+            self._published = (residency, now)
+        return turn
+
+    @staticmethod
+    def _needs_switch(turn: Turn, residency: Residency, now: float) -> bool:
+        """Is the model of the turn not ready, and nothing under way that would change it?"""
+        if turn.model_id is None or residency.ready(turn.model_id):
+            return False
+        asked = residency.switching
+        return asked is None or (asked.stage is None and now - asked.since > _ASKED_IN_VAIN_S)
+
+    def _status_is_due(self, residency: Residency, now: float) -> bool:
+        if self._published is None:
+            return True
+        before, at = self._published
+        return now - at >= self._status_every_s or _shape(residency) != _shape(before)
+
+
+def _shape(residency: Residency) -> tuple[object, ...]:
+    """What of the residency is worth telling at once."""
+    levels = tuple(sorted((r.model_id, r.level) for r in residency.residents))
+    return levels, residency.switching, tuple(sorted(residency.quarantined))
+
+
+class Heart(threading.Thread):
+    """Beats: a step every *interval_s*, until stopped. A step that fails is told and does not stop the heart."""
+
+    def __init__(self, runtime: Runtime, *, interval_s: float = 0.2) -> None:
+        super().__init__(name="runtime", daemon=True)
+        self._runtime = runtime
+        self._interval_s = interval_s
+        self._ending = threading.Event()
+
+    def run(self) -> None:
+        """Step until `end` is called."""
+        last: Turn | None = None
+        while not self._ending.wait(self._interval_s):
+            try:
+                turn = self._runtime.step()
+            except Exception as error:  # noqa: BLE001 - Redis away, a driver gone: the next beat tries again
+                logger.warning("runtime.step_failed", error=f"{type(error).__name__}: {error}")
+                continue
+            if last is None or turn.model_id != last.model_id:
+                logger.info("scheduling.turn", model_id=turn.model_id, reason=turn.reason)
+            last = turn
+
+    def end(self) -> None:
+        """Stop after the step under way."""
+        self._ending.set()
+        if self.is_alive():
+            self.join()
