@@ -1,0 +1,1 @@
+"""How hard is this job, and which model should take it?"""

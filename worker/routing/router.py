@@ -1,0 +1,63 @@
+"""
+Carries out the routing of one job: read it, score it, choose its model, write that down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from common.errors import EngineNotReady
+from common.job_store import JobStore
+from common.schemas import JobRequest, OfferedModel, Route
+from worker.routing.route import route_job
+from worker.routing.rules import Rules
+from worker.routing.score import score_prompt
+
+_OFFERS_KEPT_S = 1.0  # between two readings of what the workers offer
+
+
+class Router:
+    """Routes jobs to the models that the workers offer."""
+
+    def __init__(
+        self,
+        *,
+        store: JobStore,
+        offers: Callable[[], Sequence[OfferedModel]],
+        rules: Rules,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._offers = offers
+        self._rules = rules
+        self._clock = clock
+        self._known: tuple[Sequence[OfferedModel], float] | None = None
+
+    def route(self, job_id: str, body: object) -> tuple[JobRequest, Route]:
+        """
+        Choose the model for the job in *body*.
+
+        Raises
+        ------
+        InvalidRequest, UnknownModel, PromptTooLong
+            The job can never be answered as it is.
+        EngineNotReady
+            No worker has ever said what it offers; the job must wait.
+        """
+        self._store.note_queued(job_id)
+        request = JobRequest.parse(body)
+        models = self.models()
+        if not models:
+            raise EngineNotReady("No worker has said yet which models it can serve; the job waits.")
+        complexity = score_prompt(request.text, task_type=request.task_type, rules=self._rules)
+        route = route_job(request, complexity, models)
+        self._store.note_routed(job_id, route)
+        return request, route
+
+    def models(self) -> Sequence[OfferedModel]:
+        """What the workers offer, at most a second old; asked again at once while nothing is offered."""
+        now = self._clock()
+        if self._known is None or not self._known[0] or now - self._known[1] > _OFFERS_KEPT_S:
+            self._known = (self._offers(), now)
+        return self._known[0]
