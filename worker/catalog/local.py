@@ -171,18 +171,18 @@ def _gguf_facts(file: Path) -> Facts:
 
     def value(key: str) -> Any:
         field = fields.get(key)
-        return None if field is None else field.contents()
+        content = None if field is None else field.contents()
+        # Hybrid models say it for each layer; the largest is on the safe side.
+        return max(content) if isinstance(content, list) and content else content
 
     arch = value("general.architecture")
     heads, hidden = value(f"{arch}.attention.head_count"), value(f"{arch}.embedding_length")
-    kv_heads = value(f"{arch}.attention.head_count_kv") or heads
     tokens = fields.get("tokenizer.ggml.tokens")
     return Facts(
         max_model_len=value(f"{arch}.context_length"),
         weights_bytes=size,
         layers=value(f"{arch}.block_count"),
-        # Hybrid models say it for each layer; the largest is on the safe side.
-        kv_heads=max(kv_heads) if isinstance(kv_heads, list) else kv_heads,
+        kv_heads=value(f"{arch}.attention.head_count_kv") or heads,
         head_dim=value(f"{arch}.attention.key_length") or (hidden // heads if hidden and heads else None),
         vocab_size=value(f"{arch}.vocab_size") or (len(tokens.data) if tokens is not None else None),
     )

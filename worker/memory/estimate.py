@@ -16,7 +16,9 @@ _FLOAT_BYTES = 4  # logits and llama.cpp's compute buffers are 32-bit floats
 _SAMPLER_COPIES = 3.9
 # Below that, the forward pass of max_num_batched_tokens rules; largest measured with 8192 tokens: 1.21 GiB.
 _FORWARD_BYTES = int(1.25 * _GIB)
-_CUDA_GRAPH_BYTES = int(0.8 * _GIB)  # the median; 90 % are below 1.7 GiB
+# Captured graphs grow with depth: 0.6 to 1.0 GiB with 28 to 36 layers, 1.6 to 1.85 GiB with 80 (41 logs).
+_CUDA_GRAPH_BYTES = int(0.2 * _GIB)
+_CUDA_GRAPH_LAYER_BYTES = int(0.02 * _GIB)
 _NON_TORCH_BYTES = int(0.25 * _GIB)  # CUDA context and libraries on one card
 _NON_TORCH_PARALLEL_BYTES = int(2.1 * _GIB)  # with NCCL, on each of several cards
 # RSS of a whole vLLM process tree on a CPU with a tiny model was 2,053 MB.
@@ -87,10 +89,12 @@ def estimate_memory(
         weights = math.ceil(weights * gpu_layers / (spec.layers + 1))
         kv_cache = math.ceil(kv_cache * gpu_layers / spec.layers)
 
-    activation, fixed = _activation(spec.engine, spec.vocab_size, max_num_seqs), _fixed(spec.engine, on_card=on_card)
-    if tensor_parallel_size > 1:
-        fixed += _NON_TORCH_PARALLEL_BYTES - _NON_TORCH_BYTES
-    return MemoryEstimate(weights=weights, kv_cache=kv_cache, overhead=activation + fixed)
+    overhead = _activation(spec.engine, spec.vocab_size, max_num_seqs)
+    if on_card:
+        overhead += _NON_TORCH_BYTES if tensor_parallel_size == 1 else _NON_TORCH_PARALLEL_BYTES
+    if spec.engine is EngineKind.VLLM:
+        overhead += _CUDA_GRAPH_BYTES + spec.layers * _CUDA_GRAPH_LAYER_BYTES if on_card else _CPU_PROCESS_BYTES
+    return MemoryEstimate(weights=weights, kv_cache=kv_cache, overhead=overhead)
 
 
 def kv_bytes_per_token(spec: ModelSpec, *, kv_bytes_per_element: int = 2) -> int | None:
@@ -138,9 +142,3 @@ def _activation(engine: EngineKind, vocab_size: int, max_num_seqs: int) -> int:
     if engine is EngineKind.LLAMACPP:
         return vocab_size * _UBATCH_TOKENS * _FLOAT_BYTES
     return max(_FORWARD_BYTES, int(_SAMPLER_COPIES * max_num_seqs * vocab_size * _FLOAT_BYTES))
-
-
-def _fixed(engine: EngineKind, *, on_card: bool) -> int:
-    if engine is EngineKind.LLAMACPP:
-        return _NON_TORCH_BYTES if on_card else 0
-    return _CUDA_GRAPH_BYTES + _NON_TORCH_BYTES if on_card else _CPU_PROCESS_BYTES
