@@ -1,0 +1,42 @@
+"""
+What a producer needs: `JobClient`, the request and the outcome, and the errors by name.
+
+Imports no model code: no vLLM, no CUDA, no engine.
+"""
+
+from common.client import JobClient
+from common.errors import (
+    AttemptsExhausted,
+    DeadlineExceeded,
+    InvalidRequest,
+    JobCancelled,
+    PromptTooLong,
+    RedisUnavailable,
+    Refused,
+    ShiftworkerError,
+    Stopped,
+    Unavailable,
+    UnknownModel,
+)
+from common.schemas import HardwareStatus, JobRequest, JobState, JobView, Ledger, Outcome
+
+__all__ = [
+    "AttemptsExhausted",
+    "DeadlineExceeded",
+    "HardwareStatus",
+    "InvalidRequest",
+    "JobCancelled",
+    "JobClient",
+    "JobRequest",
+    "JobState",
+    "JobView",
+    "Ledger",
+    "Outcome",
+    "PromptTooLong",
+    "RedisUnavailable",
+    "Refused",
+    "ShiftworkerError",
+    "Stopped",
+    "Unavailable",
+    "UnknownModel",
+]

@@ -10,6 +10,7 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   ├── RedisUnavailable        nobody answers at the Redis address
     │   ├── EngineNotReady          the model's engine is not (or no longer) ready
     │   ├── EngineDied              the engine's process ended under the job
+    │   ├── EngineFailed            the engine lives, but answered with an error of its own, or with nonsense
     │   ├── EngineTimeout           the engine did not answer in time
     │   ├── LoadFailed              the engine did not come up, or its canary did not answer
     │   └── LoadRefused             too hot, too much power, or too little free memory to load now
@@ -17,6 +18,7 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   ├── JobCancelled            somebody cancelled it
     │   └── DeadlineExceeded        its deadline passed
     ├── AttemptsExhausted       the engine died under the job too often: set aside
+    ├── InternalError           a fault of ours; the worker's log has the traceback
     └── Misconfigured           the operator must change something first
         ├── BadSetting              a setting has a value that is not allowed
         ├── BadCatalogue            models.toml does not say what it must
@@ -82,6 +84,10 @@ class EngineDied(Unavailable):
     """The engine's process ended while it worked on the job."""
 
 
+class EngineFailed(Unavailable):
+    """The engine lives, but answered with an error of its own (HTTP 5xx), or with something that is no answer."""
+
+
 class EngineTimeout(Unavailable):
     """The engine did not answer within the time allowed."""
 
@@ -108,6 +114,10 @@ class DeadlineExceeded(Stopped):
 
 class AttemptsExhausted(ShiftworkerError):
     """The engine died under this job as often as is allowed; it is not tried again."""
+
+
+class InternalError(ShiftworkerError):
+    """Something that should not happen did; the message names it, the log has the traceback."""
 
 
 class Misconfigured(ShiftworkerError):

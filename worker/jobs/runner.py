@@ -69,6 +69,19 @@ class JobRunner:
         self._limits = limits
         self._switch_seconds = switch_seconds
         self._engine_trouble = engine_trouble
+        self._running: dict[str, tuple[str, StopSignal]] = {}  # job id -> its model, its signal
+
+    def hand_back(self, model_id: str) -> None:
+        """Tell every job that runs on *model_id* to stop and go back to its queue."""
+        for model, stop in list(self._running.values()):
+            if model == model_id:
+                stop.stop("handback")
+
+    def stop_cancelled(self) -> None:
+        """Tell every running job that somebody cancelled; one round trip for all of them."""
+        running = dict(self._running)
+        for job_id in self._store.asked_to_cancel(running):
+            running[job_id][1].stop("cancelled")
 
     def run(self, job_id: str, request: JobRequest, route: Route, *, delivery: str, stop: StopSignal) -> Outcome:
         """
@@ -115,7 +128,7 @@ class JobRunner:
                     raise DuplicateDelivery
                 # (6) Generate.
                 ledger = ledger.model_copy(update={"attempt": attempt, **self._waited(view.queued_at, started)})
-                completion = self._generate(request, route, started, stop)
+                completion = self._generate(job_id, request, route, started, stop)
         except EngineNotReady:
             stop.wait(_NOT_READY_PAUSE_S)
             raise self._handed_back(job_id) from None
@@ -127,13 +140,19 @@ class JobRunner:
             return self._end(job_id, ledger, error)
         return self._answered(job_id, ledger, completion)
 
-    def _generate(self, request: JobRequest, route: Route, now: datetime, stop: StopSignal) -> Completion:
+    def _generate(
+        self, job_id: str, request: JobRequest, route: Route, now: datetime, stop: StopSignal
+    ) -> Completion:
         placement = self._placements[route.model]
         timeout_s = self._limits.timeout_s
         if request.deadline is not None:
             timeout_s = min(timeout_s, (request.deadline - now).total_seconds())
         call = Call(path=request.kind, body=request.engine_body(route.model), timeout_s=timeout_s)
-        return self._engines[placement.spec.engine].generate(route.model, call, stop)
+        self._running[job_id] = (route.model, stop)
+        try:
+            return self._engines[placement.spec.engine].generate(route.model, call, stop)
+        finally:
+            del self._running[job_id]
 
     def _waited(self, queued_at: datetime | None, started: datetime) -> dict[str, float]:
         if queued_at is None:

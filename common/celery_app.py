@@ -1,0 +1,70 @@
+"""
+The Celery app that every process of ours builds: one set of delivery settings, JSON only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from kombu import Queue
+
+from common import keys
+from common.settings import Settings
+
+PRIORITY_STEPS = [0, 3, 6, 9]  # kombu keeps one list per step; a job's priority is rounded down to one of them
+
+
+def create_app(settings: Settings, *, owner: str = "nobody") -> Celery:
+    """
+    Build an app for the Redis of *settings*.
+
+    *owner* names one start of one consuming process; its deliveries are leased under this name.
+    """
+    app = Celery("shiftworker", broker=settings.redis.url, backend=settings.redis.url, set_as_current=False)
+    app.conf.update(delivery_settings(settings, owner=owner))
+    return app
+
+
+def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
+    """Celery's settings for a queue that neither loses nor repeats jobs; the reasons stand beside each."""
+    return {
+        # The pop that loses nothing; the URL stays redis:// for Flower.
+        "broker_transport": "common.transport:Transport",
+        "broker_transport_options": {
+            "owner": owner,
+            "priority_steps": PRIORITY_STEPS,
+            "socket_timeout": 30,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+        # A message is acknowledged when its outcome is stored, whatever the outcome is.
+        "task_acks_late": True,
+        "task_acks_on_failure": True,
+        "task_reject_on_worker_lost": True,
+        # What waits stays in Redis, where it can be counted, ordered and given to another worker.
+        "worker_prefetch_multiplier": 1,
+        # Redis may go away and come back; nothing ends because of it.
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "result_backend_always_retry": True,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        # JSON only: nothing that comes over the wire is ever executed.
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "result_expires": settings.job.result_ttl_s,
+        # What Flower shows.
+        "worker_send_task_events": True,
+        "task_send_sent_event": True,
+        "task_track_started": True,
+        # Flower names each queue by these; model queues come and go at run time.
+        "task_default_queue": keys.SUBMIT_QUEUE,
+        "task_queues": [Queue(keys.SUBMIT_QUEUE, routing_key=keys.SUBMIT_QUEUE)],
+        "task_create_missing_queues": True,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_soft_shutdown_timeout": settings.worker.soft_shutdown_s,
+        "timezone": "UTC",
+    }

@@ -1,0 +1,161 @@
+"""
+The producer's side: submit a job, ask how it is, wait for its outcome, cancel it.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import redis
+from celery import states
+from celery.exceptions import TimeoutError as CeleryTimeout
+from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+
+from common import keys
+from common.celery_app import create_app
+from common.errors import EngineTimeout, JobCancelled, RedisUnavailable, ShiftworkerError
+from common.fleet import read_offers, read_statuses
+from common.redis_client import connect, ping, without_password
+from common.redis_job_store import RedisJobStore
+from common.schemas import ErrorBody, HardwareStatus, JobRequest, JobState, JobView, Offer, Outcome
+from common.settings import Settings
+
+_RETRY_PUBLISH = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
+
+
+class JobClient:
+    """
+    Sends jobs to Shiftworker and gives back their outcomes; safe to share between threads.
+
+    Parameters
+    ----------
+    redis_url
+        Where Redis is; None = REDIS_URL, or the local one.
+
+    Raises
+    ------
+    BadSetting
+        A setting in the environment is not valid.
+    """
+
+    def __init__(self, redis_url: str | None = None) -> None:
+        settings = Settings.from_env()
+        if redis_url is not None:
+            settings = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": redis_url})})
+        self._url = settings.redis.url
+        self._app = create_app(settings)
+        self._redis = connect(self._url)
+        self._store = RedisJobStore(self._redis, ttl_s=settings.job.result_ttl_s)
+
+    def submit(self, request: Mapping[str, Any] | JobRequest, *, job_id: str | None = None) -> str:
+        """
+        Put a job on the queue; returns its id, which is also the id of Celery's `AsyncResult`.
+
+        *request* is an OpenAI body with our few fields (see JobRequest). A *job_id* of your own makes a
+        repeated submit harmless: a job that has ended is not run again.
+
+        Raises
+        ------
+        InvalidRequest
+            The body is not valid; nothing was sent.
+        RedisUnavailable
+            Nobody answers at the Redis address; nothing was sent.
+        """
+        parsed = request if isinstance(request, JobRequest) else JobRequest.parse(dict(request))
+        job_id = job_id or str(uuid.uuid4())
+        ping(self._redis, self._url)
+        try:
+            self._app.send_task(
+                keys.SUBMIT_TASK,
+                args=[parsed.model_dump(mode="json", exclude_none=True)],
+                task_id=job_id,
+                queue=keys.SUBMIT_QUEUE,
+                retry_policy=_RETRY_PUBLISH,
+                argsrepr=f"({parsed.kind.name.lower()}, {len(parsed.text)} characters)",
+                kwargsrepr="{}",
+            )
+        except OperationalError as error:
+            raise RedisUnavailable(
+                f"The job was not sent: Redis at {without_password(self._url)} went away ({error}). Submit it again "
+                f"with job_id={job_id!r}: should the first one have arrived after all, it runs only once."
+            ) from error
+        return job_id
+
+    def wait(self, job_id: str, timeout: float | None = None) -> Outcome:
+        """
+        Wait for the job's outcome, *timeout* seconds at most (None = as long as it takes).
+
+        Raises
+        ------
+        Refused, Stopped, AttemptsExhausted, InternalError
+            The job ended without an answer; the error is the one that its outcome names.
+        EngineTimeout
+            It has not ended yet. It goes on; wait again, or cancel it.
+        """
+        outcome = self.result(job_id) or self._wait(job_id, timeout)
+        if outcome.error is not None:
+            raise outcome.error.as_exception()
+        return outcome
+
+    def _wait(self, job_id: str, timeout: float | None) -> Outcome:
+        began = time.monotonic()
+        pending: AsyncResult[Any] = self._app.AsyncResult(job_id)
+        try:
+            pending.get(timeout=timeout, propagate=False)
+        except CeleryTimeout:
+            raise EngineTimeout(
+                f"Job {job_id} has not ended after {time.monotonic() - began:.0f} s; it is "
+                f"{self.status(job_id).state}. It goes on: wait again, or cancel it."
+            ) from None
+        outcome = self.result(job_id)
+        if outcome is not None:
+            return outcome
+        # Celery knows an end that we do not: the task was revoked before it reached us, or our key has expired.
+        cancelled = pending.state == states.REVOKED
+        error = JobCancelled(f"Job {job_id} was revoked.") if cancelled else ShiftworkerError(str(pending.result))
+        state = JobState.CANCELLED if cancelled else JobState.FAILED
+        return Outcome(job_id=job_id, state=state, error=ErrorBody.of(error))
+
+    def result(self, job_id: str) -> Outcome | None:
+        """The outcome of record, answered or not; None while the job has not ended, or is forgotten."""
+        return self._store.outcome(job_id)
+
+    def status(self, job_id: str) -> JobView:
+        """What is known of the job now; UNKNOWN until the router has seen it."""
+        return self._store.view(job_id)
+
+    def cancel(self, job_id: str) -> bool:
+        """
+        Ask for the job to stop; False if it has ended already.
+
+        A waiting job never runs; a running one is aborted in the engine within a second.
+        """
+        if self._store.outcome(job_id) is not None:
+            return False
+        self._store.ask_cancel(job_id)
+        view = self._store.view(job_id)
+        if view.state is not JobState.RUNNING:
+            error = JobCancelled(f"Job {job_id} was cancelled.")
+            kept = self._store.finish(Outcome(job_id=job_id, state=JobState.CANCELLED, error=ErrorBody.of(error)))
+            return kept.state is JobState.CANCELLED
+        return True
+
+    def hardware(self) -> tuple[HardwareStatus, ...]:
+        """How every worker that is alive is."""
+        return read_statuses(self._redis)
+
+    def offers(self) -> tuple[Offer, ...]:
+        """What every worker offers, also those now away."""
+        return read_offers(self._redis)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._app.close()
+        try:
+            self._redis.close()
+        except redis.RedisError:  # it is gone already
+            return

@@ -1,0 +1,48 @@
+"""
+What every ring of tests shares: a Redis of its own on a free port.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.redis_client import RedisClient, connect
+from worker.embedded_redis import EmbeddedRedis
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """One server for all tests that do not kill it."""
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(shared_redis: EmbeddedRedis) -> str:
+    """An empty Redis."""
+    client = connect(shared_redis.url)
+    client.flushall()
+    client.close()
+    return shared_redis.url
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[RedisClient]:
+    """A client of the empty Redis."""
+    client = connect(redis_url)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """A server that the test may kill and start again."""
+    server = EmbeddedRedis(tmp_path / "redis")
+    server.start()
+    yield server
+    server.stop()

@@ -1,0 +1,150 @@
+"""
+The three tasks: submit (the router), switch and generate.
+
+Each stores the outcome of record first; what Celery keeps is a copy for `AsyncResult`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import structlog
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject
+
+from common import keys
+from common.errors import EngineNotReady, InternalError, InvalidRequest, ShiftworkerError
+from common.job_store import JobStore
+from common.logs import get_logger
+from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, SwitchStage
+from worker.delivery.pool import signal_of
+from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, outcome_of
+from worker.residency.switcher import Switcher
+from worker.routing.router import Router
+from worker.scheduling.redis_queues import QUEUED_AT_HEADER
+
+logger = get_logger(__name__)
+
+_NO_OFFERS_PAUSE_S = 0.5  # before a job that nobody can route yet goes back to its queue
+_SHOWN_CHARS = 60  # of a model's name in Flower
+
+
+def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
+    """Give *app* the router task: validate, score, choose, and hand the job on under the same id."""
+
+    @app.task(bind=True, name=keys.SUBMIT_TASK, throws=(ShiftworkerError,))
+    def submit(task: Task, *args: Any, **fields: Any) -> Any:
+        job_id: str = task.request.id
+        with structlog.contextvars.bound_contextvars(job_id=job_id):
+            ended = store.outcome(job_id)
+            if ended is not None:
+                return settle(task, ended)
+            try:
+                request, route = router.route(job_id, body_of(args, fields))
+            except EngineNotReady as error:
+                logger.warning("routing.no_offers", detail=error.message)
+                signal_of(job_id).wait(_NO_OFFERS_PAUSE_S)
+                raise Reject(requeue=True) from None
+            except ShiftworkerError as error:
+                return settle(task, store.finish(outcome_of(error, job_id, _ledger(store, job_id))))
+            except Exception as error:
+                logger.exception("jobs.internal_error")
+                return settle(task, store.finish(_internal(error, job_id, _ledger(store, job_id))))
+            logger.info("routing.routed", model_id=route.model, complexity=route.complexity, why=route.why)
+            raise task.replace(_generate_signature(app, request, route))
+
+
+def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
+    """Give *app* the task that runs one routed job on its model's engine."""
+
+    @app.task(bind=True, name=keys.GENERATE_TASK, throws=(ShiftworkerError,))
+    def generate(task: Task, request: dict[str, Any], route: dict[str, Any]) -> Any:
+        job_id: str = task.request.id
+        chosen = Route.model_validate(route)
+        with structlog.contextvars.bound_contextvars(job_id=job_id, model_id=chosen.model):
+            try:
+                outcome = runner.run(
+                    job_id,
+                    JobRequest.parse(request),
+                    chosen,
+                    delivery=(task.request.properties or {}).get("delivery_tag", job_id),
+                    stop=signal_of(job_id),
+                )
+            except HandBack:
+                raise Reject(requeue=True) from None
+            except DuplicateDelivery:
+                raise Ignore from None
+            except Exception as error:
+                logger.exception("jobs.internal_error")
+                outcome = store.finish(_internal(error, job_id, Ledger(model=chosen.model)))
+            return settle(task, outcome)
+
+
+def add_switch_task(app: Celery, switcher: Switcher) -> None:
+    """Give *app* the task that changes the model; acknowledged early, since a repeated switch helps nobody."""
+
+    @app.task(bind=True, name=keys.SWITCH_TASK, acks_late=False, throws=(ShiftworkerError,))
+    def switch(
+        task: Task, model: str, *, epoch: int | None = None, reason: str = "asked for by hand", force: bool = False
+    ) -> dict[str, Any]:
+        def tell(stage: SwitchStage, detail: str) -> None:
+            task.update_state(state=stage.upper(), meta={"model": model, "stage": stage, "detail": detail})
+            task.send_event(f"task-{stage}", model=model, detail=detail)
+
+        record = switcher.switch(model, epoch=epoch, reason=reason, force=force, on_stage=tell)
+        return record.model_dump(mode="json")
+
+
+def body_of(args: tuple[Any, ...], fields: dict[str, Any]) -> object:
+    """
+    The job's body, as producers send it: one object as the only argument, or its fields by name.
+
+    Raises
+    ------
+    InvalidRequest
+        It is neither.
+    """
+    if len(args) == 1 and not fields:
+        return args[0]
+    if fields and not args:
+        return fields
+    raise InvalidRequest(
+        f"{keys.SUBMIT_TASK} takes the body as its one argument, args=[body], or its fields by name, kwargs=body; "
+        f"got {len(args)} arguments and {len(fields)} named ones."
+    )
+
+
+def settle(task: Task, outcome: Outcome) -> dict[str, Any]:
+    """Give Celery its copy of *outcome*: a result, an exception with the error's name, or REVOKED."""
+    if outcome.state is JobState.ANSWERED:
+        return outcome.result()
+    error = outcome.error.as_exception() if outcome.error else InternalError(f"Job {outcome.job_id} has no answer.")
+    if outcome.state is JobState.CANCELLED:
+        task.backend.mark_as_revoked(outcome.job_id, error.message, request=task.request)
+        raise Ignore from None
+    raise error
+
+
+def _generate_signature(app: Celery, request: JobRequest, route: Route) -> Any:
+    """The task that answers the job, on its way to its model's queue; Flower sees no prompt."""
+    body = request.model_dump(mode="json", exclude_none=True)
+    return app.signature(
+        keys.GENERATE_TASK,
+        args=(body, route.model_dump(mode="json")),
+        immutable=True,
+        queue=keys.model_queue(route.model),
+        priority=request.priority,
+        headers={QUEUED_AT_HEADER: time.time()},
+        argsrepr=f"({request.kind.name.lower()}, {len(request.text)} characters, {route.model:.{_SHOWN_CHARS}})",
+        kwargsrepr="{}",
+    )
+
+
+def _ledger(store: JobStore, job_id: str) -> Ledger:
+    return Ledger(queued_at=store.view(job_id).queued_at)
+
+
+def _internal(error: Exception, job_id: str, ledger: Ledger) -> Outcome:
+    """The outcome of a job that met a fault of ours."""
+    return outcome_of(InternalError(f"{type(error).__name__}: {error}"), job_id, ledger)

@@ -1,0 +1,125 @@
+"""
+The real world of one worker: Redis, the cards, the switch task, Celery's consumer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+from common import keys
+from common.logs import get_logger
+from common.schemas import HardwareStatus, Offer, OfferedModel, utc_now
+from worker.hardware.gpu import Machine, MachineReader
+from worker.jobs.runner import JobRunner
+from worker.residency.board import ResidencyBoard
+from worker.residency.history import SwitchHistory
+from worker.residency.switcher import Switcher
+from worker.scheduling.celery_consumer import CeleryConsumer
+from worker.scheduling.pick import Turn
+from worker.scheduling.redis_queues import RedisQueues
+from worker.selection.placement import Placement
+from worker.state.backlog import Backlog
+from worker.state.residency import Residency
+from worker.telemetry.redis_status import RedisStatus
+from worker.telemetry.summarize import summarize
+
+logger = get_logger(__name__)
+
+_SWITCHES_SHOWN = 10
+
+
+class WorkerWorld:
+    """What the heartbeat of a real worker looks at and does."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        placements: Iterable[Placement],
+        reader: MachineReader,
+        board: ResidencyBoard,
+        switcher: Switcher,
+        history: SwitchHistory,
+        queues: RedisQueues,
+        consumer: CeleryConsumer,
+        runner: JobRunner,
+        status: RedisStatus,
+        send_switch: Callable[[str, int, str], None],
+        max_temperature_c: float,
+    ) -> None:
+        self._name = name
+        self._offered = tuple(offered(placement) for placement in placements)
+        self._reader = reader
+        self._board = board
+        self._switcher = switcher
+        self._history = history
+        self._queues = queues
+        self._consumer = consumer
+        self._runner = runner
+        self._status = status
+        self._send_switch = send_switch
+        self._max_temperature_c = max_temperature_c
+        self._one_publisher = threading.Lock()  # the heart publishes, and so does the switch lane at each stage
+        self.stopping = False
+
+    def machine(self) -> Machine:
+        """See World."""
+        return self._reader.read()
+
+    def backlog(self) -> Backlog:
+        """See World."""
+        return self._queues.backlog()
+
+    def residency(self) -> Residency:
+        """See World."""
+        self._switcher.note_deaths()
+        return self._board.read()
+
+    def ask_for_switch(self, turn: Turn) -> None:
+        """See World."""
+        if turn.model_id is None or self.stopping:
+            return
+        epoch = self._status.next_epoch(self._name)
+        self._switcher.ask(turn.model_id, epoch)
+        logger.info("scheduling.switch_asked", model_id=turn.model_id, epoch=epoch, reason=turn.reason)
+        self._send_switch(turn.model_id, epoch, turn.reason)
+
+    def serve(self, models: Iterable[str]) -> None:
+        """See World."""
+        self._consumer.serve(() if self.stopping else (keys.model_queue(model) for model in models))
+
+    def stop_cancelled_jobs(self) -> None:
+        """See World."""
+        self._runner.stop_cancelled()
+
+    def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
+        """See World."""
+        with self._one_publisher:
+            status = summarize(
+                worker=self._name,
+                machine=machine,
+                residency=residency,
+                backlog=backlog,
+                switches=self._history.last(_SWITCHES_SHOWN),
+                max_temperature_c=self._max_temperature_c,
+                stopping=self.stopping,
+                now=now,
+            )
+            self._status.offer(Offer(worker=self._name, models=self._offered, at=utc_now()))
+            self._status.publish(status)
+        return status
+
+
+def offered(placement: Placement) -> OfferedModel:
+    """What the router needs to know of a placement."""
+    spec = placement.spec
+    return OfferedModel(
+        id=spec.id,
+        aliases=spec.aliases,
+        tier=spec.tier,
+        complexity_up_to=spec.complexity_up_to,
+        max_model_len=placement.max_model_len,
+        capabilities=tuple(sorted(spec.capabilities)),
+        auto=placement.auto,
+    )
