@@ -95,12 +95,12 @@ def place_model(spec: ModelSpec, machine: Machine, overrides: Overrides, *, aske
     if not machine.gpus or (spec.engine is EngineKind.LLAMACPP and overrides.n_gpu_layers == 0):
         return _fit(spec, overrides, host)
 
-    # (4) One card, (5) several.
+    # (4) One card, (5) several; but not if the operator wants only some layers there.
     plans = _card_plans(spec, machine.gpus, overrides)
     if isinstance(plans, Refusal):
         return plans
     refusal = Refusal(reason="no card of this machine can be used")
-    for plan in plans:
+    for plan in plans if _layers_wanted(spec, overrides) is None else ():
         answer = _fit(spec, overrides, plan)
         if isinstance(answer, Placement):
             return answer
@@ -231,22 +231,33 @@ def _fit(spec: ModelSpec, overrides: Overrides, plan: _Plan) -> Placement | Refu
 
 def _split(spec: ModelSpec, overrides: Overrides, card: _Plan, host: _Plan, refusal: Refusal) -> Placement | Refusal:
     """As many layers as fit on the card, the others on the host; with n_gpu_layers set, exactly so many."""
-    seqs, length = _seqs(spec, overrides), _lengths(spec, overrides)[-1]
-    whole = estimate_memory(spec, max_model_len=length, max_num_seqs=seqs, on_card=False)
-    if isinstance(whole, Unknown) or spec.layers is None:
+    if spec.layers is None:
         return refusal
-    wanted = overrides.n_gpu_layers
-    for layers in (wanted,) if wanted is not None else range(spec.layers, 0, -1):
+    seqs, wanted = _seqs(spec, overrides), _layers_wanted(spec, overrides)
+    lengths = _lengths(spec, overrides)
+    # A longer context would push layers off the card, and each of them slows every token down.
+    ways = [(wanted, length) for length in lengths] if wanted else [(n, lengths[-1]) for n in range(spec.layers, 0, -1)]
+    for layers, length in ways:
+        whole = estimate_memory(spec, max_model_len=length, max_num_seqs=seqs, on_card=False)
         part = estimate_memory(spec, max_model_len=length, max_num_seqs=seqs, gpu_layers=layers)
-        if isinstance(part, Unknown):
+        if isinstance(whole, Unknown) or isinstance(part, Unknown):
             return refusal
         left_to_host = whole.weights + whole.kv_cache - part.weights - part.kv_cache
         if part.total <= card.budget and left_to_host <= host.budget:
             return _placement(spec, overrides, part, gpus=card.gpus, max_model_len=length, n_gpu_layers=layers)
-    if wanted is not None:
-        return Refusal(reason=f"LLAMACPP_N_GPU_LAYERS={wanted} of its {spec.layers} layers do not fit: {card.place}")
+    if wanted:
+        return Refusal(
+            reason=f"LLAMACPP_N_GPU_LAYERS={wanted} of its {spec.layers} layers do not fit, or the others not into "
+            f"RAM: {card.place}, {host.place}"
+        )
     on_host = _fit(spec, overrides, host)
     return on_host if isinstance(on_host, Placement) else refusal
+
+
+def _layers_wanted(spec: ModelSpec, overrides: Overrides) -> int | None:
+    """How many of the layers, fewer than all, the operator wants on the card; None if that is left to us."""
+    wanted = overrides.n_gpu_layers or 0
+    return wanted if spec.engine is EngineKind.LLAMACPP and 0 < wanted <= (spec.layers or 0) else None
 
 
 def _grow_pool(
