@@ -148,8 +148,8 @@ class Engine(Protocol):
 
         Raises
         ------
-        EngineNotReady, EngineDied, EngineTimeout
-            The engine was not there, went away, or took longer than `call.timeout_s`.
+        EngineNotReady, EngineDied, EngineFailed, EngineTimeout
+            The engine was not there, went away, failed by itself, or took longer than `call.timeout_s`.
         InvalidRequest, PromptTooLong
             The engine refused the body.
         JobStopped

@@ -17,7 +17,7 @@ _COMPLAINT = re.compile(r"\b(error|failed|cannot|invalid|not found|no such)\b", 
 _GENERIC = ("Engine core initialization failed", "EngineCore failed to start", "WorkerProc initialization failed")
 
 DETAIL_LINES = 2  # pydantic puts its finding on the lines after the error's name
-MAX_LINES = 4
+MAX_LINES = 3
 MAX_CHARS = 1200
 
 
@@ -26,7 +26,7 @@ def explain_failure(log: str) -> str:
     Pick the lines of *log* that help, as one line of text.
 
     1. The last exception that is not a generic one, with the lines that belong to it.
-    2. Otherwise the last lines that speak of an error.
+    2. Otherwise the first lines that speak of an error: what follows them are its consequences.
     3. Otherwise the last lines.
     """
     lines = [line for raw in log.splitlines() if (line := _PREFIX.sub("", raw).rstrip())]
@@ -40,10 +40,14 @@ def explain_failure(log: str) -> str:
         details = [line for line in lines[start + 1 : start + 1 + DETAIL_LINES] if line.startswith(" ")]
         return _joined([lines[start], *details])
 
-    # (2) A complaint. (3) Anything.
-    return _joined(([line for line in lines if _COMPLAINT.search(line)] or lines)[-MAX_LINES:])
+    # (2) A complaint.
+    if complaints := [line for line in lines if _COMPLAINT.search(line)]:
+        return _joined(complaints[:MAX_LINES])
+
+    # (3) Anything.
+    return _joined(lines[-MAX_LINES:])
 
 
 def _joined(lines: list[str]) -> str:
     text = " / ".join(dict.fromkeys(line.strip() for line in lines))
-    return f"It said: {text[:MAX_CHARS]}"
+    return f"It said: {text[:MAX_CHARS].rstrip('.')}."

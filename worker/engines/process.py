@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,9 +57,10 @@ class EngineProcess:
         self.ready = False
         self.log = run_dir / f"{name}.log"
         self._folder = Path(tempfile.mkdtemp(prefix="e", dir=run_dir))  # only our user may enter it
-        self.socket = _checked(self._folder / "s")
+        self.socket = _checked(self._folder / "s.sock")  # llama.cpp knows a Unix socket by this ending
         self._marker = uuid.uuid4().hex
-        self._asked_to_stop = False
+        self.asked_to_stop = False
+        self._deaf = False
         self._known: set[psutil.Process] = set()
         self._gone = threading.Event()  # no process of the tree is left
 
@@ -79,8 +81,8 @@ class EngineProcess:
 
     @property
     def alive(self) -> bool:
-        """Is the tree running? It ends as a whole: False as soon as its guard has ended."""
-        return self._guard.returncode is None
+        """Does the engine run? False as soon as its guard has ended, or nobody listens on the socket any more."""
+        return self._guard.returncode is None and not self._deaf
 
     def pids(self) -> tuple[int, ...]:
         """The process tree: the guard, the engine, and the engine's own children."""
@@ -95,6 +97,20 @@ class EngineProcess:
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
             return log.read().decode(errors="replace")
+
+    def wait_deaf(self, timeout_s: float) -> bool:
+        """
+        Wait until nobody listens on the socket any more; False if somebody still does after *timeout_s*.
+
+        The server ends before the last of its tree does, and takes no more jobs from then on.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.alive and _listens(self.socket):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_S)
+        self._deaf = True
+        return True
 
     def wait_gone(self, timeout_s: float) -> bool:
         """Wait until no process of the tree is left; False if some still are after *timeout_s*."""
@@ -124,7 +140,7 @@ class EngineProcess:
 
     def ask_to_stop(self) -> None:
         """Begin to end the tree, without waiting."""
-        self._asked_to_stop = True
+        self.asked_to_stop = True
         self._guard.terminate()
 
     def stop(self, *, timeout_s: float) -> None:
@@ -167,7 +183,7 @@ class EngineProcess:
     def _tree(self) -> list[psutil.Process]:
         try:
             top = psutil.Process(self._guard.pid)
-            return [top, *top.children(recursive=True)] if self.alive else []
+            return [top, *top.children(recursive=True)] if self._guard.returncode is None else []
         except psutil.NoSuchProcess:
             return []
 
@@ -184,7 +200,7 @@ class EngineProcess:
         return found
 
     def _why_it_ended(self) -> str:
-        if self._asked_to_stop:
+        if self.asked_to_stop:
             return f"{self.name} was stopped while it was loading."
         return (
             f"{self.name} ended while it was loading (exit code {self._guard.returncode}). "
@@ -192,14 +208,26 @@ class EngineProcess:
         )
 
 
-def _checked(socket: Path) -> Path:
-    if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
-        socket.parent.rmdir()
+def _checked(path: Path) -> Path:
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+        path.parent.rmdir()
         raise BadSetting(
-            f"WORKER_RUN_DIR={socket.parent.parent}: too long for a Unix socket, whose whole path ({socket}) may have "
+            f"WORKER_RUN_DIR={path.parent.parent}: too long for a Unix socket, whose whole path ({path}) may have "
             f"{SOCKET_PATH_BYTES} bytes. Choose a shorter folder."
         )
-    return socket
+    return path
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # its queue of connections is full
+        except OSError:
+            return False
+    return True
 
 
 def _healthy(client: httpx.Client) -> bool:

@@ -1,0 +1,317 @@
+"""
+What every engine promises, shown on each: the stub, llama.cpp and vLLM, the last two real.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from common.errors import EngineDied, EngineNotReady, EngineTimeout, InvalidRequest, LoadFailed, PromptTooLong
+from common.settings import LlamaCppSettings, VllmSettings
+from tests.factories import make_placement, make_spec
+from tests.models import make_tiny_hf
+from tests.waiting import eventually
+from worker.catalog.spec import EngineKind, ModelSpec
+from worker.demo.tiny_models import make_tiny_gguf
+from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
+from worker.engines.llamacpp_server import LlamaCppEngine, find_server
+from worker.engines.stub import StubEngine
+from worker.engines.vllm_server import VllmServerEngine, find_python
+from worker.selection.placement import Placement
+
+REPOSITORY = Path(__file__).parents[2]
+LENGTH = 8192  # tokens; long enough that a request can be kept running for seconds on a tiny model
+SLOTS = 4
+START_S = 200  # vLLM imports for 30 s on two quiet cores, and longer on busy ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kit:
+    """One engine under test, and how to disturb it."""
+
+    engine: Engine
+    placement: Placement
+    kill: Callable[[], object]  # as `kill -9` of the process that computes
+    working: Callable[[], bool]  # is it busy with a request?
+
+    @property
+    def model_id(self) -> str:
+        """The model under test."""
+        return self.placement.model_id
+
+    def ready(self) -> None:
+        """Have the model ready, whatever the test before left."""
+        self.engine.ensure_ready(self.placement, timeout_s=START_S)
+
+    def ask(
+        self, content: str = "hello", *, tokens: int = 8, timeout_s: float = 60, stop: StopSignal | None = None
+    ) -> Completion:
+        """A chat of exactly *tokens* tokens, where the engine can promise that."""
+        body = {
+            "model": self.model_id,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+        }
+        return self.post(body, timeout_s=timeout_s, stop=stop)
+
+    def ask_long(self, stop: StopSignal | None = None) -> Completion:
+        """A chat that runs for many seconds on a real engine."""
+        return self.ask(tokens=LENGTH - 100, stop=stop)
+
+    def post(self, body: dict[str, Any], *, timeout_s: float = 60, stop: StopSignal | None = None) -> Completion:
+        """Send *body* as it is."""
+        call = Call(path="/v1/chat/completions", body=body, timeout_s=timeout_s)
+        return self.engine.generate(self.model_id, call, stop or StopSignal())
+
+
+def stub_kit(_: Path) -> Kit:
+    engine = StubEngine(load_s=0.01, run_s=0.5)
+    placement = make_placement("stub", spec=make_spec("stub", engine=EngineKind.STUB), max_model_len=LENGTH)
+    return Kit(
+        engine=engine,
+        placement=placement,
+        kill=lambda: engine.die("stub"),
+        working=lambda: engine.in_flight("stub") > 0,
+    )
+
+
+def server_kit(engine: Engine, spec: ModelSpec) -> Kit:
+    placement = make_placement(spec.id, spec=spec, max_model_len=LENGTH, max_num_seqs=SLOTS, kv_cache_bytes=256 * 2**20)
+
+    def workers() -> list[psutil.Process]:
+        """The engine's processes without the guard; the last ones compute."""
+        loaded = engine.ensure_ready(placement, timeout_s=START_S)
+        return [psutil.Process(pid) for pid in loaded.pids[1:]]
+
+    def working() -> bool:
+        return any(process.cpu_percent(interval=0.1) > 20 for process in workers())
+
+    def kill() -> None:
+        workers()[-1].kill()
+
+    return Kit(engine=engine, placement=placement, kill=kill, working=working)
+
+
+def llamacpp_kit(folder: Path) -> Kit:
+    spec = make_spec("tiny-gguf", path=make_tiny_gguf(folder / "tiny.gguf", context=LENGTH), repo=None, file=None)
+    engine = LlamaCppEngine(run_dir=folder / "run", files_of=files_of, server=find_server(LlamaCppSettings()))
+    return server_kit(engine, spec)
+
+
+def vllm_kit(folder: Path) -> Kit:
+    if not (REPOSITORY / ".venv-vllm").exists() and not os.environ.get("CI"):
+        pytest.skip("no .venv-vllm; `make setup` makes it")
+    model = make_tiny_hf(folder / "tiny-hf", context=LENGTH)
+    spec = make_spec("tiny-hf", engine=EngineKind.VLLM, path=model, repo=None, file=None)
+    python = find_python(VllmSettings(), beside=REPOSITORY)
+    return server_kit(VllmServerEngine(run_dir=folder / "run", files_of=files_of, python=python), spec)
+
+
+def files_of(spec: ModelSpec) -> Path:
+    assert spec.path is not None
+    return spec.path
+
+
+KITS = [
+    pytest.param(stub_kit, id="stub"),
+    pytest.param(llamacpp_kit, id="llamacpp"),
+    pytest.param(vllm_kit, id="vllm", marks=pytest.mark.vllm),
+]
+
+
+@pytest.fixture(scope="module", params=KITS)
+def kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    """One engine for all tests of this page: vLLM takes half a minute to start."""
+    made: Kit = request.param(tmp_path_factory.mktemp("engine"))
+    yield made
+    made.engine.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads to call from, as the worker's."""
+    with ThreadPoolExecutor(32) as threads:
+        yield threads
+
+
+def busy(kit: Kit, *requests: Future[Completion]) -> None:
+    """Wait until the engine works, and be sure that no request has ended before that."""
+    eventually(kit.working, within_s=20, what="the engine works")
+    assert not any(request.done() for request in requests)
+
+
+def test_a_model_that_was_never_started_is_stopped(kit: Kit) -> None:
+    """Nothing is invented about it, and a job for it may come again later."""
+    assert kit.engine.state("never") is EngineState.STOPPED
+
+    with pytest.raises(EngineNotReady):
+        kit.engine.generate("never", Call(path="/v1/chat/completions", body={}, timeout_s=1), StopSignal())
+
+
+def test_a_ready_model_answers_a_chat(kit: Kit) -> None:
+    """The answer has OpenAI's shape, and what was measured stands beside it."""
+    kit.ready()
+
+    done = kit.ask(tokens=8)
+
+    assert kit.engine.state(kit.model_id) is EngineState.READY
+    assert isinstance(done.response["choices"][0]["message"]["content"], str)
+    assert done.prompt_tokens
+    assert done.completion_tokens
+    assert 0 < done.completion_tokens <= 8
+    assert done.run_s > 0
+
+
+def test_ready_twice_starts_once(kit: Kit) -> None:
+    """Found ready, nothing is done: the same processes, no time spent."""
+    first = kit.engine.ensure_ready(kit.placement, timeout_s=START_S)
+
+    again = kit.engine.ensure_ready(kit.placement, timeout_s=START_S)
+
+    assert again.pids == first.pids
+    assert again.seconds == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"messages": "no"}, {}, {"messages": [{"role": "user", "content": "x"}], "max_tokens": "many"}],
+    ids=["messages are text", "empty", "max_tokens is text"],
+)
+def test_a_wrong_body_is_refused_and_the_engine_goes_on(kit: Kit, body: dict[str, Any]) -> None:
+    """The job is at fault, not the engine."""
+    kit.ready()
+
+    with pytest.raises(InvalidRequest):
+        kit.post({"model": kit.model_id, **body})
+
+    assert kit.ask().completion_tokens
+
+
+def test_a_prompt_longer_than_the_model_is_refused_and_the_engine_goes_on(kit: Kit) -> None:
+    """Known by its own class, so that a producer can tell it from other faults."""
+    kit.ready()
+
+    with pytest.raises(PromptTooLong, match=str(LENGTH)):
+        kit.ask("word " * (LENGTH + 100))
+
+    assert kit.ask().completion_tokens
+
+
+def test_many_requests_at_once_are_all_answered(kit: Kit, pool: ThreadPoolExecutor) -> None:
+    """More than the engine works on at once: the others wait inside it."""
+    kit.ready()
+
+    done = list(pool.map(lambda i: kit.ask(f"number {i}"), range(64)))
+
+    assert all(completion.completion_tokens for completion in done)
+
+
+def test_a_request_that_takes_too_long_is_given_up(kit: Kit) -> None:
+    """The job's time limit is kept even if the engine would answer some day."""
+    kit.ready()
+
+    with pytest.raises(EngineTimeout):
+        kit.ask(tokens=LENGTH - 100, timeout_s=0.2)
+
+
+def test_stopped_requests_end_within_a_second_and_free_the_engine(kit: Kit, pool: ThreadPoolExecutor) -> None:
+    """All of the engine's places are taken for long; once these jobs are stopped, the next is served at once."""
+    kit.ready()
+    stops = [StopSignal() for _ in range(SLOTS)]
+    requests = [pool.submit(kit.ask_long, stop) for stop in stops]
+    busy(kit, *requests)
+    began = time.monotonic()
+
+    for stop in stops:
+        stop.stop("cancelled")
+
+    for request in requests:
+        with pytest.raises(JobStopped, match="cancelled"):
+            request.result(timeout=1)
+    assert time.monotonic() - began < 1
+    assert kit.ask(timeout_s=3).completion_tokens
+
+
+def test_a_stop_before_the_request_sends_nothing(kit: Kit) -> None:
+    """A job that is cancelled while it waits for a thread does not reach the engine's answer."""
+    kit.ready()
+    stop = StopSignal()
+    stop.stop("deadline")
+
+    with pytest.raises(JobStopped, match="deadline"):
+        kit.ask_long(stop)
+
+
+def test_kill_9_in_mid_request_is_noticed_and_the_engine_starts_again(kit: Kit, pool: ThreadPoolExecutor) -> None:
+    """Requests under way fail at once, the model is dead and not merely stopped, and can be had again."""
+    kit.ready()
+    requests = [pool.submit(kit.ask_long) for _ in range(SLOTS)]
+    busy(kit, *requests)
+
+    kit.kill()
+
+    for request in requests:
+        with pytest.raises(EngineDied):
+            request.result(timeout=3)
+    assert kit.engine.state(kit.model_id) is EngineState.DEAD
+    with pytest.raises(EngineNotReady):
+        kit.ask()
+    kit.ready()
+    assert kit.engine.state(kit.model_id) is EngineState.READY
+    assert kit.ask().completion_tokens
+
+
+def test_stopping_ends_running_requests_and_every_process(kit: Kit, pool: ThreadPoolExecutor) -> None:
+    """After it returns no process is left, and the model is stopped, not dead. Once more does nothing."""
+    pids = kit.engine.ensure_ready(kit.placement, timeout_s=START_S).pids
+    request = pool.submit(kit.ask_long)
+    busy(kit, request)
+
+    kit.engine.ensure_stopped(kit.model_id, timeout_s=20)
+
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+    assert kit.engine.state(kit.model_id) is EngineState.STOPPED
+    with pytest.raises((EngineDied, EngineNotReady)):
+        request.result(timeout=3)
+    kit.engine.ensure_stopped(kit.model_id, timeout_s=20)
+
+
+def test_a_broken_gguf_file_fails_to_load_with_the_reason(tmp_path: Path) -> None:
+    """llama.cpp's own words reach the operator, and nothing keeps running."""
+    whole = make_tiny_gguf(tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "broken.gguf").write_bytes(whole[: len(whole) // 2])
+    spec = make_spec("broken", path=tmp_path / "broken.gguf", repo=None, file=None)
+    engine = LlamaCppEngine(run_dir=tmp_path / "run", files_of=files_of, server=find_server(LlamaCppSettings()))
+
+    with pytest.raises(LoadFailed, match=r"broken ended while it was loading.*corrupted or incomplete.*broken\.log"):
+        engine.ensure_ready(make_placement("broken", spec=spec), timeout_s=30)
+
+    assert engine.state("broken") is EngineState.STOPPED
+    engine.close()
+
+
+@pytest.mark.vllm
+def test_a_length_beyond_the_model_fails_to_load_with_the_reason(tmp_path: Path) -> None:
+    """The words of vLLM itself reach the operator, and not the generic line that ends its log."""
+    if not (REPOSITORY / ".venv-vllm").exists() and not os.environ.get("CI"):
+        pytest.skip("no .venv-vllm; `make setup` makes it")
+    model = make_tiny_hf(tmp_path / "hf", context=2048)
+    spec = make_spec("short", engine=EngineKind.VLLM, path=model, repo=None, file=None)
+    python = find_python(VllmSettings(), beside=REPOSITORY)
+    engine = VllmServerEngine(run_dir=tmp_path / "run", files_of=files_of, python=python)
+
+    with pytest.raises(LoadFailed, match=r"User-specified max_model_len \(100000\) is greater than"):
+        engine.ensure_ready(make_placement("short", spec=spec, max_model_len=100_000), timeout_s=START_S)
+
+    assert engine.state("short") is EngineState.STOPPED
+    engine.close()

@@ -1,0 +1,131 @@
+"""
+Speaks HTTP to engines on Unix sockets: many calls at once, each of which can be stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from common.errors import EngineDied, EngineTimeout
+from worker.engines.base import JobStopped, StopSignal
+
+# 200 connections opened at once made vLLM's server drop some; 128 never. More calls wait for a free one.
+MAX_CONNECTIONS = 128
+# Shorter than the 5 s after which vLLM and llama.cpp close an idle connection: a request sent on a connection
+# that the server is just closing would look like the engine's death.
+KEEPALIVE_S = 2.0
+
+_LIMITS = httpx.Limits(
+    max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_S
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the engine's server sent, not yet read."""
+
+    status: int
+    content: bytes
+
+
+class EngineHttp:
+    """
+    One event loop in a thread of its own, one pool of connections per socket.
+
+    A call that is stopped closes its connection; that is how the engine's server learns to abort it.
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[Path, httpx.AsyncClient] = {}  # touched by the loop's thread only
+        self._calls: set[asyncio.Task[Answer]] = set()  # likewise
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="engine-http", daemon=True)
+        self._thread.start()
+
+    def post(self, socket: Path, path: str, body: Mapping[str, Any], *, timeout_s: float, stop: StopSignal) -> Answer:
+        """
+        Send *body* and wait for the whole answer; called from many threads at once.
+
+        Raises
+        ------
+        EngineDied
+            Nobody listens on *socket*, or the connection broke before the whole answer was here.
+        EngineTimeout
+            No whole answer within *timeout_s*.
+        JobStopped
+            *stop* was set first.
+        """
+        content = json.dumps(body).encode()
+        call = asyncio.run_coroutine_threadsafe(self._post(socket, path, content, timeout_s), self._loop)
+        stop.on_stop(call.cancel)
+        try:
+            return call.result()
+        except CancelledError:
+            if stop.reason is None:
+                raise EngineDied("The worker closed its engines while the request ran.") from None
+            raise JobStopped(stop.reason) from None
+        except TimeoutError:
+            raise EngineTimeout(
+                f"The engine did not answer within {timeout_s:g} s. Ask for fewer tokens, or raise JOB_TIMEOUT_S."
+            ) from None
+        except httpx.TransportError as error:
+            raise EngineDied(f"The connection to the engine broke: {type(error).__name__} {error}".rstrip()) from error
+
+    def forget(self, socket: Path) -> None:
+        """Close the connections to *socket*; its engine has ended."""
+        asyncio.run_coroutine_threadsafe(self._forget(socket), self._loop).result()
+
+    def close(self) -> None:
+        """End running calls (they raise EngineDied), close every connection, end the thread."""
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _post(self, socket: Path, path: str, content: bytes, timeout_s: float) -> Answer:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine that runs on a loop is a task
+        self._calls.add(task)
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._client(socket).post(
+                    path, content=content, headers={"Content-Type": "application/json"}
+                )
+        finally:
+            self._calls.discard(task)
+        return Answer(status=response.status_code, content=response.content)
+
+    def _client(self, socket: Path) -> httpx.AsyncClient:
+        if socket not in self._clients:
+            self._clients[socket] = httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=_LIMITS),
+                base_url="http://engine",
+                timeout=None,  # noqa: S113 - one deadline for the whole call, in _post
+                trust_env=False,  # a proxy of the environment is not for a Unix socket
+            )
+        return self._clients[socket]
+
+    async def _forget(self, socket: Path) -> None:
+        if client := self._clients.pop(socket, None):
+            await client.aclose()
+
+    async def _close(self) -> None:
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        for socket in list(self._clients):
+            await self._forget(socket)

