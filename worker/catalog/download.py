@@ -27,6 +27,9 @@ from worker.catalog.spec import EngineKind, ModelSpec
 
 OnProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all if the hub says
 
+# Weights only as safetensors: many repositories hold the same ones in two or three other forms.
+_FOR_VLLM = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]
+
 _SHARD = re.compile(r"-00001-of-(\d{5})(?=\.gguf$)")
 
 
@@ -99,6 +102,21 @@ def fetch_file(repo: str, file: str, *, revision: str | None = None, on_progress
         return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, tqdm_class=bar))
     except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ModelMissing(f"{repo}/{file} cannot be fetched: {_why(error)}") from error
+
+
+def fetch_repository(repo: str, *, revision: str | None = None) -> Path:
+    """
+    Give the local folder of what vLLM needs of a hub repository, fetched if the cache lacks any of it.
+
+    Raises
+    ------
+    ModelMissing
+        It cannot be fetched: says why, and what to do.
+    """
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_FOR_VLLM))
+    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelMissing(f"{repo} cannot be fetched: {_why(error)}") from error
 
 
 def weights_bytes(repo: str, *, revision: str | None = None) -> int | None:

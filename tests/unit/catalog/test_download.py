@@ -1,0 +1,210 @@
+"""
+Fetching from a hub: a small real one on the loopback, so that the hub's own client is what is tested.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from common.errors import ModelMissing
+from tests.factories import make_spec
+from worker.catalog.download import fetch_gguf, resolve_files, shard_names, weights_bytes
+from worker.catalog.local import spec_from_path
+from worker.catalog.spec import EngineKind
+
+CONFIG = {
+    "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 10,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+FILES = {
+    "/org/m/resolve/main/m.gguf": b"weights" * 1000,
+    "/org/m/resolve/main/s-00001-of-00002.gguf": b"first",
+    "/org/m/resolve/main/s-00002-of-00002.gguf": b"second",
+    "/org/v/resolve/main/config.json": json.dumps(CONFIG).encode(),
+    "/api/models/org/v": json.dumps(
+        {
+            "id": "org/v",
+            "siblings": [
+                {"rfilename": "a.safetensors", "size": 5},
+                {"rfilename": "b.safetensors", "size": 7},
+                {"rfilename": "consolidated.safetensors", "size": 12},
+            ],
+        }
+    ).encode(),
+}
+ERRORS = {
+    "/org/gated/": (403, "GatedRepo"),
+    "/org/private/": (401, "RepoNotFound"),
+    "/org/m/resolve/old/": (404, "RevisionNotFound"),
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub with a few files; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked: list[str] = []
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Answers as the hub does: an etag and a commit for a file, an error code in a header otherwise."""
+
+    def do_HEAD(self) -> None:
+        """Say what is known of a file."""
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        """Give a file, or an error with the hub's code for it."""
+        assert isinstance(self.server, Hub)
+        path = self.path.partition("?")[0]
+        self.server.asked.append(f"{self.command} {path}")
+        body = FILES.get(path)
+        if body is None:
+            status, code = next((e for prefix, e in ERRORS.items() if path.startswith(prefix)), (404, "EntryNotFound"))
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            body = b""
+        else:
+            self.send_response(200)
+            self.send_header("ETag", f'"{len(body):040x}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Stay silent."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub of our own and an empty cache."""
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_file_is_fetched_once(hub: Hub) -> None:
+    """
+    The second time it comes from the cache, and the hub is not asked at all.
+    """
+    spec = make_spec("m", repo="org/m", file="m.gguf")
+    first = fetch_gguf(spec)
+    asked = len(hub.asked)
+
+    assert first.read_bytes() == FILES["/org/m/resolve/main/m.gguf"]
+    assert fetch_gguf(spec) == first
+    assert len(hub.asked) == asked
+
+
+def test_progress_is_told_in_bytes(hub: Hub) -> None:
+    """
+    The last report is all of the file.
+    """
+    reports: list[tuple[int, int | None]] = []
+    fetch_gguf(make_spec("m", repo="org/m", file="m.gguf"), on_progress=lambda *report: reports.append(report))
+
+    assert reports[-1] == (7000, 7000)
+
+
+def test_all_shards_are_fetched_and_the_first_is_given(hub: Hub) -> None:
+    """
+    llama.cpp is told the first, and looks for the others beside it.
+    """
+    first = fetch_gguf(make_spec("s", repo="org/m", file="s-00001-of-00002.gguf"))
+
+    assert first.read_bytes() == b"first"
+    assert (first.parent / "s-00002-of-00002.gguf").read_bytes() == b"second"
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "says"),
+    [
+        ("org/gated", None, "asks for consent first. Accept the terms on its page and set HF_TOKEN"),
+        ("org/private", None, "no such repository, or it is private"),
+        ("org/m", "old", "no such revision. Correct revision"),
+        ("org/m", None, "no such file. Correct file"),
+    ],
+)
+def test_each_refusal_of_the_hub_says_what_to_do(hub: Hub, repo: str, revision: str | None, says: str) -> None:
+    """
+    Gated, private, wrong revision and wrong file are four mistakes with four cures.
+    """
+    with pytest.raises(ModelMissing) as caught:
+        fetch_gguf(make_spec("x", repo=repo, file="nope.gguf", revision=revision))
+    assert says in caught.value.message
+    assert f"{repo}/nope.gguf" in caught.value.message
+
+
+def test_offline_means_the_cache_or_nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    HF_HUB_OFFLINE: a cached file is still found, another is missing, and the hub is not asked.
+    """
+    cached = make_spec("m", repo="org/m", file="m.gguf")
+    fetch_gguf(cached)
+    asked = len(hub.asked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    assert fetch_gguf(cached).is_file()
+    with pytest.raises(ModelMissing, match="HF_HUB_OFFLINE is set and the file is not in the cache"):
+        fetch_gguf(make_spec("s", repo="org/m", file="other.gguf"))
+    assert weights_bytes("org/v") is None
+    assert len(hub.asked) == asked
+    assert huggingface_hub.is_offline_mode()
+
+
+def test_a_hub_repository_becomes_an_entry(hub: Hub) -> None:
+    """
+    VLLM_MODEL=org/name: facts from its config.json, bytes from the hub's list, nothing else fetched.
+    """
+    spec = spec_from_path("org/v")
+
+    assert (spec.id, spec.engine, spec.repo, spec.max_model_len) == ("v", EngineKind.VLLM, "org/v", 128)
+    assert (spec.weights_bytes, spec.layers, spec.kv_heads, spec.head_dim) == (12, 2, 4, 16)
+
+
+def test_what_an_engine_is_told_to_load(tmp_path: Path, hub: Hub) -> None:
+    """
+    A local path as it is, a GGUF file fetched, for vLLM the repository's name.
+    """
+    local = make_spec("l", repo=None, file=None, path=tmp_path)
+
+    assert resolve_files(local) == tmp_path
+    assert resolve_files(make_spec("v", engine=EngineKind.VLLM, repo="org/v", file=None)) == "org/v"
+    assert str(resolve_files(make_spec("m", repo="org/m", file="m.gguf"))).endswith("m.gguf")
+
+
+def test_a_path_that_does_not_exist_says_what_to_do(tmp_path: Path) -> None:
+    """
+    The message names the model, the path, and the setting that moves it.
+    """
+    with pytest.raises(ModelMissing, match=r"gone: there is nothing at .*nope.* MODELS_DIR"):
+        resolve_files(make_spec("gone", repo=None, file=None, path=tmp_path / "nope"))
+
+
+def test_shards_are_named_after_the_first() -> None:
+    """
+    A whole file is its only shard.
+    """
+    assert shard_names("m.gguf") == ("m.gguf",)
+    assert shard_names("m-00001-of-00003.gguf") == tuple(f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3))
