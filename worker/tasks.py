@@ -7,6 +7,7 @@ Each stores the outcome of record first; what Celery keeps is a copy for `AsyncR
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -81,7 +82,7 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
             return settle(task, outcome)
 
 
-def add_switch_task(app: Celery, switcher: Switcher) -> None:
+def add_switch_task(app: Celery, switcher: Switcher, publish: Callable[[], object]) -> None:
     """Give *app* the task that changes the model; acknowledged early, since a repeated switch helps nobody."""
 
     @app.task(bind=True, name=keys.SWITCH_TASK, acks_late=False, throws=(ShiftworkerError,))
@@ -91,6 +92,7 @@ def add_switch_task(app: Celery, switcher: Switcher) -> None:
         def tell(stage: SwitchStage, detail: str) -> None:
             task.update_state(state=stage.upper(), meta={"model": model, "stage": stage, "detail": detail})
             task.send_event(f"task-{stage}", model=model, detail=detail)
+            publish()
 
         record = switcher.switch(model, epoch=epoch, reason=reason, force=force, on_stage=tell)
         return record.model_dump(mode="json")

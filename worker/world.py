@@ -5,6 +5,7 @@ The real world of one worker: Redis, the cards, the switch task, Celery's consum
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from common import keys
@@ -109,6 +110,10 @@ class WorkerWorld:
             self._status.offer(Offer(worker=self._name, models=self._offered, at=utc_now()))
             self._status.publish(status)
         return status
+
+    def publish_now(self) -> HardwareStatus:
+        """Look and publish: for the stages of a switch, and for whoever asks."""
+        return self.publish(self.machine(), self._board.read(), self.backlog(), now=time.time())
 
 
 def offered(placement: Placement) -> OfferedModel:

@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 from common.errors import (
     AttemptsExhausted,
     DeadlineExceeded,
-    EngineDied,
     EngineNotReady,
     JobCancelled,
     ShiftworkerError,
@@ -21,7 +20,7 @@ from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from worker.catalog.spec import EngineKind
-from worker.engines.base import Call, Completion, Engine, JobStopped, StopSignal
+from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
 from worker.residency.board import ResidencyBoard
 from worker.selection.placement import Placement
 
@@ -59,7 +58,6 @@ class JobRunner:
         engines: Mapping[EngineKind, Engine],
         limits: JobLimits,
         switch_seconds: Callable[[datetime, datetime], float],
-        engine_trouble: Callable[[], object],
     ) -> None:
         self._worker = worker
         self._store = store
@@ -68,7 +66,6 @@ class JobRunner:
         self._engines = engines
         self._limits = limits
         self._switch_seconds = switch_seconds
-        self._engine_trouble = engine_trouble
         self._running: dict[str, tuple[str, StopSignal]] = {}  # job id -> its model, its signal
 
     def hand_back(self, model_id: str) -> None:
@@ -140,17 +137,18 @@ class JobRunner:
             return self._end(job_id, ledger, error)
         return self._answered(job_id, ledger, completion)
 
-    def _generate(
-        self, job_id: str, request: JobRequest, route: Route, now: datetime, stop: StopSignal
-    ) -> Completion:
+    def _generate(self, job_id: str, request: JobRequest, route: Route, now: datetime, stop: StopSignal) -> Completion:
         placement = self._placements[route.model]
         timeout_s = self._limits.timeout_s
         if request.deadline is not None:
             timeout_s = min(timeout_s, (request.deadline - now).total_seconds())
         call = Call(path=request.kind, body=request.engine_body(route.model), timeout_s=timeout_s)
+        engine = self._engines[placement.spec.engine]
+        if engine.state(route.model) is not EngineState.READY:  # died, and the board does not know yet
+            raise EngineNotReady(f"The engine of {route.model} has just ended; the job waits for the next one.")
         self._running[job_id] = (route.model, stop)
         try:
-            return self._engines[placement.spec.engine].generate(route.model, call, stop)
+            return engine.generate(route.model, call, stop)
         finally:
             del self._running[job_id]
 
@@ -164,8 +162,6 @@ class JobRunner:
         """What an engine's death or silence means for the job: another attempt, or the end."""
         if request.deadline is not None and utc_now() >= request.deadline:
             return _expired(request.deadline, "while the engine worked on it")
-        if isinstance(error, EngineDied):
-            self._engine_trouble()
         faults = self._store.note_fault(job_id)
         logger.warning("jobs.fault", job_id=job_id, faults=faults, error=error.message)
         if faults < self._limits.max_attempts:

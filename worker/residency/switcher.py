@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from common.errors import LoadFailed, LoadRefused, ShiftworkerError, UnknownModel
 from common.logs import get_logger
 from common.schemas import BodyKind, SwitchRecord, SwitchStage, utc_now
-from worker.catalog.spec import EngineKind
+from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.base import Call, Engine, EngineState, JobStopped, StopSignal
 from worker.hardware.gpu import MachineReader
 from worker.residency.board import ResidencyBoard
@@ -63,6 +63,7 @@ class Switcher:
         engines: Mapping[EngineKind, Engine],
         machine: MachineReader,
         limits: SwitchLimits,
+        fetch: Callable[[ModelSpec], object],
         hand_back: Handback,
         record: Callable[[SwitchRecord], None],
         pause: Callable[[float], object] = time.sleep,
@@ -72,6 +73,7 @@ class Switcher:
         self._engines = engines
         self._machine = machine
         self._limits = limits
+        self._fetch = fetch
         self._hand_back = hand_back
         self._record = record
         self._pause = pause
@@ -177,6 +179,8 @@ class _Run:
         if plan.start is None:
             return self.finished("ready" if self._board.read().ready(model_id) else "failed", plan.reason)
         try:
+            # Files that must come over the network come before anything is stopped, and cost no attempt.
+            self._switcher._fetch(self._placement.spec)
             self._make_room(plan.stop)
             self._start()
         except ShiftworkerError as error:
@@ -231,7 +235,8 @@ class _Run:
             problems = check_load(self._switcher._machine.read(), placement, self._limits.load)
             if problems:
                 raise LoadRefused(
-                    f"{model_id} is not loaded now: {'; '.join(problems)}. `shiftworker switch --force` loads it anyway."
+                    f"{model_id} is not loaded now: {'; '.join(problems)}. "
+                    "`shiftworker switch --force` loads it anyway."
                 )
         resident = Resident(model_id=model_id, level=Level.STARTING, bytes=placement.memory.total, since=time.time())
         self._board.put(resident)

@@ -102,10 +102,10 @@ def control_lane(queue: str) -> type[bootsteps.StartStopStep]:
     return ControlLane
 
 
-def touch_file(touch: Callable[[], object], every_s: float = 5.0) -> type[bootsteps.StartStopStep]:
-    """Build a bootstep that calls *touch* from the consumer's loop: proof that the loop turns."""
+def every(seconds: float, deed: Callable[[], object]) -> type[bootsteps.StartStopStep]:
+    """Build a bootstep that does *deed* again and again on the consumer's own loop: proof that the loop turns."""
 
-    class Alive(bootsteps.StartStopStep):
+    class Every(bootsteps.StartStopStep):
         requires = ("celery.worker.consumer.tasks:Tasks",)
 
         def __init__(self, parent: Any, **kwargs: Any) -> None:
@@ -113,11 +113,11 @@ def touch_file(touch: Callable[[], object], every_s: float = 5.0) -> type[bootst
             super().__init__(parent, **kwargs)
 
         def start(self, parent: Any) -> None:
-            touch()
-            self._timer = parent.timer.call_repeatedly(every_s, touch)
+            deed()
+            self._timer = parent.timer.call_repeatedly(seconds, deed)
 
         def stop(self, _parent: Any) -> None:
             if self._timer is not None:
                 self._timer.cancel()
 
-    return Alive
+    return Every

@@ -1,0 +1,342 @@
+"""
+The command `shiftworker`: start the processes, ask how they are, send jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from celery.exceptions import TimeoutError as CeleryTimeout
+from rich.console import Console
+from rich.markup import escape
+
+from common import keys, logs
+from common.celery_app import create_app
+from common.client import JobClient
+from common.errors import BadSetting, InvalidRequest, Misconfigured, ShiftworkerError, UnknownModel
+from common.fleet import read_offers, read_statuses
+from common.redis_client import connect, ping, without_password
+from common.schemas import HardwareStatus, JobRequest, Outcome
+from common.settings import Settings
+from worker import show
+from worker.alive import is_alive
+from worker.embedded_redis import EmbeddedRedis, free_port, given_url
+from worker.supervisor import Program, Supervisor, shiftworker
+
+# Exit codes of sysexits.h, so that a supervisor can tell "fix me" from "try again".
+EXIT_UNAVAILABLE = 69
+EXIT_CONFIG = 78
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One GPU, many models, one queue.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one clear sentence and an exit code, never a traceback."""
+    try:
+        app()
+    except ShiftworkerError as error:
+        _err.print(f"[bold red]{error.kind}[/]: {escape(error.message)}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_CONFIG if isinstance(error, Misconfigured) else EXIT_UNAVAILABLE)
+
+
+def _settings() -> Settings:
+    settings = Settings.from_env()
+    logs.configure(settings.log.level, settings.log.format)
+    return settings
+
+
+def _wiring() -> Any:
+    """What builds the processes; a producer's light install does not have what it needs."""
+    try:
+        from worker import wiring  # noqa: PLC0415
+    except ImportError as error:
+        raise Misconfigured(
+            f"{error.name} is not installed: this is the light package of a producer. "
+            "Run `pip install 'shiftworker[worker]'` on a machine that should work."
+        ) from error
+    return wiring
+
+
+# --- Processes --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def worker() -> None:
+    """Run a worker: it owns this machine's cards, its engines, and the model queues it can serve."""
+    sys.exit(_wiring().run_worker(_settings()))
+
+
+@app.command()
+def router() -> None:
+    """Run the router: it validates, scores and routes jobs. It needs no GPU."""
+    sys.exit(_wiring().run_router(_settings()))
+
+
+@app.command()
+def up(
+    data: Annotated[Path, typer.Option(help="Where the embedded Redis keeps its file.")] = Path(".shiftworker"),
+) -> None:
+    """Run everything on this box: Redis (unless REDIS_URL names one), router, worker and Flower."""
+    settings = _settings()
+    redis = None if given_url() else EmbeddedRedis(data / "redis")
+    if redis is not None:
+        redis.start()
+    url = redis.url if redis else settings.redis.url
+    port = settings.flower.port or free_port()
+    supervisor = Supervisor(programs(settings, redis_url=url, flower_port=port))
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: supervisor.ask_to_stop())
+    try:
+        supervisor.start()
+        _out.print(f"Redis   {without_password(url)}\nFlower  http://127.0.0.1:{port}\nCtrl-C stops everything.")
+        supervisor.run()
+    finally:
+        supervisor.stop()
+        if redis is not None:
+            redis.stop()
+
+
+def programs(settings: Settings, *, redis_url: str, flower_port: int) -> list[Program]:
+    """The processes of one box, in the order they start."""
+    env = {"REDIS_URL": redis_url}
+    return [
+        Program(name="router", command=shiftworker("router"), env=env),
+        Program(name="worker", command=shiftworker("worker"), env=env, stop_s=settings.worker.soft_shutdown_s + 40),
+        flower_program(settings, redis_url=redis_url, port=flower_port),
+    ]
+
+
+def flower_program(settings: Settings, *, redis_url: str, port: int) -> Program:
+    """Flower on the loopback, or behind a password where one is set."""
+    password = settings.flower.password
+    env = {"REDIS_URL": redis_url, "FLOWER_UNAUTHENTICATED_API": "false" if password else "true"}
+    if password is not None:
+        env["FLOWER_BASIC_AUTH"] = f"{settings.flower.user}:{password.get_secret_value()}"
+    address = "0.0.0.0" if password else "127.0.0.1"  # noqa: S104 - only behind the password
+    command = [
+        sys.executable, "-m", "celery", "-A", "worker.flower_app", "flower",
+        f"--address={address}", f"--port={port}", "--logging=warning",
+    ]  # fmt: skip
+    return Program(name="flower", command=command, env=env, stop_s=10)
+
+
+@app.command()
+def health(role: Annotated[str, typer.Argument(help="worker or router")]) -> None:
+    """Exit 0 if the process of this role on this machine turns its loop; for container health checks."""
+    sys.exit(0 if is_alive(role) else 1)
+
+
+# --- What is here -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def models(*, as_json: Json = False) -> None:
+    """Show which models this machine can serve, how, and why each other one is left out."""
+    found = _wiring().survey(_settings())
+    if as_json:
+        _print_json(show.choice_as_dict(found.choice))
+        return
+    _out.print(show.machine_line(found.machine))
+    for reason in found.detected.passed_over:
+        _out.print(f"  passed over {reason}", style="dim", highlight=False)
+    _out.print(show.choice_table(found.choice))
+
+
+@app.command()
+def status(*, as_json: Json = False) -> None:
+    """Show how every worker is: cards, residents, queues, last switches, alerts."""
+    settings = _settings()
+    client = connect(settings.redis.url)
+    ping(client, settings.redis.url)
+    statuses = read_statuses(client)
+    away = sorted({offer.worker for offer in read_offers(client)} - {found.worker for found in statuses})
+    unrouted = client.llen(keys.SUBMIT_QUEUE)
+    if as_json:
+        workers = [found.model_dump(mode="json") for found in statuses]
+        _print_json({"workers": workers, "away": away, "waiting_for_router": unrouted})
+        return
+    for found in statuses:
+        _out.print(show.status_panel(found))
+    if not statuses:
+        _out.print("No worker is alive. Start one with `shiftworker worker` or `shiftworker up`.")
+    if away:
+        _out.print(f"Away: {', '.join(away)}", style="yellow")
+    _out.print(f"{unrouted} jobs wait for the router")
+
+
+@app.command()
+def switch(
+    model: Annotated[str, typer.Argument(help="Catalogue id or alias.")],
+    worker: Annotated[str, typer.Option(help="Which worker; unset = the only one.")] = "",
+    *,
+    force: Annotated[bool, typer.Option(help="Skip the checks of temperature, power and free memory.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the end of the switch.")] = 600,
+) -> None:
+    """Make a model ready now. The worker switches again when its queues ask for it."""
+    settings = _settings()
+    client = connect(settings.redis.url)
+    ping(client, settings.redis.url)
+    name, model_id = _find_model(model, worker, read_statuses(client), client)
+    celery = create_app(settings)
+    pending = celery.send_task(
+        keys.SWITCH_TASK, kwargs={"model": model_id, "force": force}, queue=keys.control_queue(name)
+    )
+    with _out.status(f"{name}: switching to {model_id}"):
+        try:
+            record = pending.get(timeout=timeout)
+        except CeleryTimeout:
+            raise ShiftworkerError(
+                f"{name} has not ended the switch to {model_id} after {timeout:.0f} s; "
+                "`shiftworker status` shows its stage."
+            ) from None
+    _out.print(f"{record['outcome']} after {record['seconds']:.1f} s: {record['reason']}", highlight=False)
+    sys.exit(0 if record["outcome"] == "ready" else 1)
+
+
+def _find_model(model: str, worker: str, alive: tuple[HardwareStatus, ...], client: Any) -> tuple[str, str]:
+    names = [found.worker for found in alive if worker in ("", found.worker)]
+    if len(names) != 1:
+        known = ", ".join(found.worker for found in alive) or "none"
+        raise BadSetting(f"--worker must name one of the workers that are alive: {known}.")
+    for offer in read_offers(client):
+        for offered in offer.models:
+            if offer.worker == names[0] and model in (offered.id, *offered.aliases):
+                return names[0], offered.id
+    raise UnknownModel(f"Worker {names[0]} does not offer {model!r}; `shiftworker models` there says why.")
+
+
+# --- Jobs -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def submit(
+    body: Annotated[str, typer.Argument(help="A prompt, a JSON body, a .jsonl file, or - for lines on stdin.")],
+    model: Annotated[str, typer.Option(help="auto, an alias, or a catalogue id.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for each job.")] = 600,
+    *,
+    wait: Annotated[bool, typer.Option(help="Wait for the answers.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Send one job, or a file of jobs in OpenAI's batch form, and show the answers."""
+    settings = _settings()
+    failed = 0
+    with _client(settings) as client:
+        requests = list(read_requests(body, model))
+        ids = [client.submit(request) for request in requests]
+        for job_id in ids:
+            if not wait:
+                _out.print(job_id, highlight=False)
+                continue
+            outcome = _wait(client, job_id, timeout)
+            failed += outcome is None or outcome.error is not None
+            _show_outcome(job_id, outcome, as_json=as_json)
+    sys.exit(1 if failed else 0)
+
+
+def read_requests(body: str, model: str) -> Iterator[JobRequest]:
+    """
+    Read what `submit` was given: a prompt, a JSON body, or lines of either a body or OpenAI's batch form.
+
+    Raises
+    ------
+    InvalidRequest
+        A line is no JSON or no body; the message names the line.
+    """
+    if body == "-" or body.endswith(".jsonl"):
+        where = "stdin" if body == "-" else body
+        text = sys.stdin.read() if body == "-" else _read_file(Path(body))
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield _read_request(line, model, f"{where}, line {number}")
+        return
+    if body.lstrip().startswith("{"):
+        yield _read_request(body, model, "the body")
+        return
+    yield JobRequest.parse({"messages": [{"role": "user", "content": body}], "model": model or "auto"})
+
+
+def _read_request(text: str, model: str, where: str) -> JobRequest:
+    try:
+        found = json.loads(text)
+        parsed = JobRequest.parse(found.get("body", found) if isinstance(found, dict) else found)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"{where} is not JSON ({error}). Write one JSON object on each line.") from None
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error.message}") from None
+    return parsed.model_copy(update={"model": model}) if model else parsed
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}. Give the path of a UTF-8 file of JSON lines.") from None
+
+
+@contextmanager
+def _client(settings: Settings) -> Iterator[JobClient]:
+    client = JobClient(settings.redis.url)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _wait(client: JobClient, job_id: str, timeout: float) -> Outcome | None:
+    try:
+        return client.wait(job_id, timeout)
+    except ShiftworkerError as error:
+        _err.print(f"{job_id}: {error.kind}: {error.message}", highlight=False, markup=False)
+        return client.result(job_id)
+
+
+def _show_outcome(job_id: str, outcome: Outcome | None, *, as_json: bool) -> None:
+    if outcome is None or outcome.error is not None:
+        return
+    if as_json:
+        _print_json(outcome.model_dump(mode="json"))
+        return
+    _out.rule(f"{job_id}  {outcome.ledger.model}  {outcome.ledger.why}", style="dim")
+    _out.print(outcome.answer or outcome.response, highlight=False, markup=False)
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + os.linesep)
+
+
+@app.command()
+def cancel(job_id: str) -> None:
+    """Cancel a job: a waiting one never runs, a running one is stopped in the engine."""
+    with _client(_settings()) as client:
+        cancelled = client.cancel(job_id)
+    _out.print("cancelled" if cancelled else "it has ended already")
+    sys.exit(0 if cancelled else 1)
+
+
+@app.command()
+def demo(
+    jobs: Annotated[Path, typer.Option(help="Jobs in OpenAI's batch form.")] = Path("examples/jobs.jsonl"),
+    data: Annotated[Path, typer.Option(help="Where models and logs are kept.")] = Path(".shiftworker/demo"),
+) -> None:
+    """Start everything on free ports, answer real jobs with two small models, show what happened, stop."""
+    from worker.demo.run import run_demo  # noqa: PLC0415 - needs the extra [demo]
+
+    requests = list(read_requests(str(jobs), ""))
+    sys.exit(run_demo(requests, data, _out))

@@ -1,0 +1,114 @@
+"""
+What people see in the terminal: a choice, a status, as tables; sizes in GiB.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+
+from common.schemas import GpuStatus, HardwareStatus, SwitchRecord
+from worker.hardware.gpu import Machine
+from worker.selection.choose import Choice
+from worker.selection.describe import describe_placement
+
+_GIB = 2**30
+
+
+def gib(size: int | None) -> str:
+    """Bytes for people; "?" for unknown."""
+    return "?" if size is None else f"{size / _GIB:.1f} GiB"
+
+
+def machine_line(machine: Machine) -> str:
+    """One line: the cards, or that there is none, and the host."""
+    cards = ", ".join(f"{gpu.name} {gib(gpu.total_bytes)} ({gib(gpu.free_bytes)} free)" for gpu in machine.gpus)
+    host = f"{machine.cpu_count} cores, {gib(machine.ram_total_bytes)} RAM ({gib(machine.ram_available_bytes)} free)"
+    return f"{cards or 'no GPU'}; {host}; read by {machine.source}"
+
+
+def choice_table(choice: Choice) -> Table:
+    """Every model of the catalogue: how it is served, or why it is not."""
+    table = Table("model", "tier", "served", box=None, pad_edge=False, caption_justify="left")
+    for placement in choice.placements:
+        start = " [bold](starts)[/]" if placement == choice.starting else ""
+        table.add_row(placement.model_id + start, str(placement.spec.tier), describe_placement(placement))
+    for left in choice.left_out:
+        table.add_row(left.model_id, "", f"no: {left.reason}", style="dim")
+    table.caption = f"Starts with {choice.starting.model_id if choice.starting else 'nothing'}: {choice.reason}."
+    return table
+
+
+def choice_as_dict(choice: Choice) -> dict[str, Any]:
+    """The choice for programs; sizes in bytes."""
+    return {
+        "starting": choice.starting.model_id if choice.starting else None,
+        "reason": choice.reason,
+        "models": [
+            {
+                "id": placement.model_id,
+                "engine": placement.spec.engine,
+                "tier": placement.spec.tier,
+                "auto": placement.auto,
+                "gpus": list(placement.gpus),
+                "max_model_len": placement.max_model_len,
+                "max_num_seqs": placement.max_num_seqs,
+                "n_gpu_layers": placement.n_gpu_layers,
+                "weights_bytes": placement.memory.weights,
+                "kv_cache_bytes": placement.memory.kv_cache,
+                "overhead_bytes": placement.memory.overhead,
+                "total_bytes": placement.memory.total,
+            }
+            for placement in choice.placements
+        ],
+        "left_out": {left.model_id: left.reason for left in choice.left_out},
+    }
+
+
+def status_panel(status: HardwareStatus) -> Panel:
+    """One worker: cards, residents, queues, last switches, alerts."""
+    parts: list[Any] = [
+        *(_gpu_line(gpu) for gpu in status.gpus),
+        f"host: {gib(status.ram_available_bytes)} of {gib(status.ram_total_bytes)} RAM free",
+        *(
+            f"[bold]{r.model}[/] {r.level}, {gib(r.bytes)}, {r.in_flight} jobs in flight, since {r.since:%H:%M:%S}"
+            for r in status.residents
+        ),
+    ]
+    if status.switching_to:
+        parts.append(f"switching to [bold]{status.switching_to}[/]: {status.stage or 'asked for'}")
+    waiting = {model: queue for model, queue in status.backlog.items() if queue.waiting}
+    parts += [
+        f"{model}: {queue.waiting} waiting, oldest {queue.oldest_s or 0:.0f} s" for model, queue in waiting.items()
+    ]
+    parts += [f"[yellow]{alert}[/]" for alert in status.alerts]
+    if status.switches:
+        parts.append(switch_table(status.switches))
+    title = f"{status.worker}: {status.state} ({status.source}, {status.at:%H:%M:%S} UTC)"
+    return Panel(Group(*parts), title=title, title_align="left")
+
+
+def _gpu_line(gpu: GpuStatus) -> str:
+    def known(value: float | None, form: str) -> str:
+        return "?" if value is None else form.format(value)
+
+    return (
+        f"card {gpu.index}: {gpu.name}, {gib(gpu.used_bytes)} of {gib(gpu.total_bytes)} used, "
+        f"{known(gpu.utilization, '{:.0%}')} busy, {known(gpu.temperature_c, '{:.0f} C')}, "
+        f"{known(gpu.power_w, '{:.0f} W')}{' ' + ', '.join(gpu.throttle_reasons) if gpu.throttle_reasons else ''}"
+    )
+
+
+def switch_table(switches: tuple[SwitchRecord, ...]) -> Table:
+    """The last switches, newest first."""
+    table = Table("switch", "outcome", "seconds", "stages", "why", box=None, pad_edge=False)
+    for record in switches:
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in record.stages.items())
+        table.add_row(
+            f"{record.from_model or 'nothing'} -> {record.to_model}",
+            record.outcome, f"{record.seconds:.2f}", stages, record.reason,
+        )  # fmt: skip
+    return table

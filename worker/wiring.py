@@ -1,0 +1,370 @@
+"""
+Builds the processes from the settings: the one place that picks products.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+from celery import Celery
+
+from common import keys
+from common.celery_app import create_app
+from common.errors import EngineMissing, Misconfigured
+from common.fleet import read_offers
+from common.logs import get_logger
+from common.redis_client import RedisClient, connect, wait_until_there
+from common.redis_job_store import RedisJobStore
+from common.settings import Settings
+from worker.alive import TOUCH_EVERY_S, alive_file
+from worker.app import ConsumerProcess, show_in_flower
+from worker.catalog.catalogue import Catalogue
+from worker.catalog.download import resolve_files
+from worker.catalog.hub import fetch_files, out_of_reach
+from worker.catalog.local import read_all_facts, spec_from_path
+from worker.catalog.spec import EngineKind, ModelSpec
+from worker.catalog.toml_file import load_catalogue
+from worker.delivery.lease import Lease
+from worker.engines.base import Engine
+from worker.engines.llamacpp_server import LlamaCppEngine, find_server
+from worker.engines.stub import StubEngine
+from worker.engines.vllm_server import VllmServerEngine, find_python
+from worker.hardware.detect import Detected, open_reader
+from worker.hardware.gpu import Machine
+from worker.jobs.runner import JobLimits, JobRunner
+from worker.residency.board import ResidencyBoard
+from worker.residency.check import LoadLimits
+from worker.residency.history import SwitchHistory
+from worker.residency.switcher import Switcher, SwitchLimits
+from worker.routing.merge import merge_offers
+from worker.routing.router import Router
+from worker.routing.rules_file import load_rules
+from worker.runtime import Heart, Runtime
+from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, every
+from worker.scheduling.redis_queues import RedisQueues
+from worker.selection.choose import Choice, choose_models
+from worker.selection.describe import describe_choice
+from worker.selection.overrides import Overrides
+from worker.tasks import add_generate_task, add_submit_task, add_switch_task
+from worker.telemetry.redis_status import RedisStatus
+from worker.world import WorkerWorld
+
+logger = get_logger(__name__)
+
+_SWITCH_EXPIRES_S = 60.0  # a switch task that nobody took by then is worthless: the heart has asked again
+_ROUTER_THREADS = 4
+
+
+# --- What is here, and what can it serve? -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """The machine, the catalogue and the choice: all that is known before anything is started."""
+
+    detected: Detected
+    machine: Machine
+    catalogue: Catalogue
+    engines: Mapping[EngineKind, str | None]  # why an engine is not available; None = it is
+    choice: Choice
+
+
+def survey(settings: Settings) -> Survey:
+    """
+    Look at the machine and choose the models; nothing is started, nothing is written.
+
+    Raises
+    ------
+    Misconfigured
+        A setting, the catalogue, or VLLM_MODEL is wrong; the message says what to do.
+    """
+    detected = open_reader(settings.worker)
+    machine = detected.reader.read()
+    catalogue = load_catalogue(settings.models.file, base_dir=settings.models.dir)
+    model = _asked_model(settings, catalogue)
+    if settings.worker.stub_engine:
+        catalogue = Catalogue(models=tuple(replace(spec, engine=EngineKind.STUB, path=None, repo=None) for spec in catalogue))
+    catalogue, missing = read_all_facts(catalogue)
+    engines = _engines_here(settings)
+    choice = choose_models(
+        machine,
+        catalogue,
+        engines=engines,
+        overrides=_overrides(settings, model),
+        missing={**missing, **out_of_reach(catalogue)},
+    )
+    return Survey(detected=detected, machine=machine, catalogue=catalogue, engines=engines, choice=choice)
+
+
+def _asked_model(settings: Settings, catalogue: Catalogue) -> str | ModelSpec | None:
+    """VLLM_MODEL as the choice wants it: a name that the catalogue knows, or an entry made for it."""
+    name = settings.vllm.model
+    if name is None or catalogue.find(name) is not None:
+        return name
+    return spec_from_path(name, base_dir=settings.models.dir)
+
+
+def _engines_here(settings: Settings) -> dict[EngineKind, str | None]:
+    if settings.worker.stub_engine:
+        return {EngineKind.STUB: None}
+
+    def why_not(find: Callable[[], object]) -> str | None:
+        try:
+            find()
+        except EngineMissing as error:
+            return error.message
+        return None
+
+    return {
+        EngineKind.VLLM: why_not(lambda: find_python(settings.vllm)),
+        EngineKind.LLAMACPP: why_not(lambda: find_server(settings.llamacpp)),
+    }
+
+
+def _overrides(settings: Settings, model: str | ModelSpec | None) -> Overrides:
+    return Overrides(
+        model=model,
+        only=settings.models.only,
+        force=settings.vllm.force,
+        quantization=settings.vllm.quantization,
+        max_model_len=settings.vllm.max_model_len,
+        gpu_memory_utilization=settings.vllm.gpu_memory_utilization,
+        tensor_parallel_size=settings.vllm.tensor_parallel_size,
+        llamacpp_parallel=settings.llamacpp.parallel,
+        n_gpu_layers=settings.llamacpp.n_gpu_layers,
+    )
+
+
+# --- The router process -----------------------------------------------------------------------------------
+
+
+def run_router(settings: Settings) -> int:
+    """Run the router until it is told to stop; returns the exit code."""
+    rules = load_rules(settings.routing.rules_file)
+    name = process_name("router", settings)
+    owner = _owner(name)
+    client, patient = _redis(settings)
+    app = create_app(settings, owner=owner)
+    store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
+    router = Router(store=store, offers=lambda: merge_offers(read_offers(client)), rules=rules)
+    add_submit_task(app, router, store)
+    process = ConsumerProcess(
+        app=app,
+        name=name,
+        lease=_lease(app, settings, owner),
+        concurrency=_ROUTER_THREADS,
+        own_queues=[keys.SUBMIT_QUEUE],
+        steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
+    )
+    return process.run()
+
+
+# --- The worker process -----------------------------------------------------------------------------------
+
+
+def run_worker(settings: Settings) -> int:
+    """
+    Run the worker until it is told to stop; returns the exit code.
+
+    Raises
+    ------
+    Misconfigured
+        Nothing can be served here; the message has the reason for every model.
+    """
+    found = survey(settings)
+    for line in found.detected.passed_over:
+        logger.info("hardware.passed_over", reason=line)
+    for line in describe_choice(found.choice):
+        logger.info("selection.choice", line=line)
+    if not found.choice.placements:
+        reasons = "\n  ".join(describe_choice(found.choice)[1:])
+        raise Misconfigured(f"No model can be served here:\n  {reasons}\nName another catalogue in MODELS_FILE.")
+
+    with ExitStack() as leaving:
+        run_dir = _run_dir(settings, leaving)
+        return _Worker(settings, found, run_dir).run()
+
+
+class _Worker:
+    """The parts of one worker process, wired together."""
+
+    def __init__(self, settings: Settings, found: Survey, run_dir: Path) -> None:
+        self._name = worker_name(settings)
+        owner = _owner(self._name)
+        client, patient = _redis(settings)
+        self._app = create_app(settings, owner=owner)
+        self._status = RedisStatus(client, ttl_s=settings.status.ttl_s, stream_length=settings.status.stream_length)
+
+        choice = found.choice
+        placements = {placement.model_id: placement for placement in choice.placements}
+        engines = _build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
+        board = ResidencyBoard(capacity=_capacity(found.machine), max_residents=settings.switch.max_residents)
+        history = SwitchHistory(lambda record: self._status.record(self._name, record))
+        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
+        runner = JobRunner(
+            worker=self._name,
+            store=store,
+            board=board,
+            placements=placements,
+            engines=engines,
+            limits=JobLimits(timeout_s=settings.job.timeout_s, max_attempts=settings.job.max_attempts),
+            switch_seconds=history.seconds_between,
+        )
+        self._switcher = Switcher(
+            board=board,
+            placements=placements,
+            engines=engines,
+            machine=found.detected.reader,
+            limits=_switch_limits(settings),
+            fetch=fetch_files,
+            hand_back=runner.hand_back,
+            record=history.add,
+        )
+        consumer = CeleryConsumer()
+        self._world = WorkerWorld(
+            name=self._name,
+            placements=choice.placements,
+            reader=found.detected.reader,
+            board=board,
+            switcher=self._switcher,
+            history=history,
+            queues=RedisQueues(client, list(placements)),
+            consumer=consumer,
+            runner=runner,
+            status=self._status,
+            send_switch=self._send_switch,
+            max_temperature_c=settings.switch.max_temperature_c,
+        )
+        self._heart = Heart(
+            Runtime(
+                self._world,
+                models=placements,
+                starting=choice.starting.model_id if choice.starting else None,
+                max_wait_s=settings.switch.max_wait_s,
+                min_turn_s=settings.switch.min_turn_s,
+                status_every_s=settings.status.interval_s,
+                clock=time.time,
+            )
+        )
+        add_generate_task(self._app, runner, store)
+        add_switch_task(self._app, self._switcher, self._world.publish_now)
+        self._process = ConsumerProcess(
+            app=self._app,
+            name=process_name("worker", settings),
+            lease=_lease(self._app, settings, owner),
+            concurrency=settings.worker.concurrency,
+            steps=[
+                consumer.step(),
+                control_lane(keys.control_queue(self._name)),
+                every(TOUCH_EVERY_S, alive_file("worker").touch),
+                show_in_flower(self._about, [keys.model_queue(model) for model in placements]),
+            ],
+            on_leaving=self._leave,
+        )
+
+    def run(self) -> int:
+        """Beat and consume; at the end: no more turns, jobs end, engines end, goodbye in Redis."""
+        self._heart.start()
+        try:
+            return self._process.run()
+        finally:
+            self._heart.end()
+            self._switcher.close()
+            self._status.goodbye(self._name)
+
+    def _leave(self) -> None:
+        self._world.stopping = True
+
+    def _send_switch(self, model_id: str, epoch: int, reason: str) -> None:
+        self._app.send_task(
+            keys.SWITCH_TASK,
+            kwargs={"model": model_id, "epoch": epoch, "reason": reason},
+            queue=keys.control_queue(self._name),
+            expires=_SWITCH_EXPIRES_S,
+            ignore_result=False,
+        )
+
+    def _about(self) -> dict[str, Any]:
+        """What Flower shows of this worker."""
+        status = self._world.publish_now()
+        return {"shiftworker": status.model_dump(mode="json", exclude={"version", "worker"})}
+
+
+def _build_engines(settings: Settings, kinds: set[EngineKind], run_dir: Path) -> dict[EngineKind, Engine]:
+    build: dict[EngineKind, Callable[[], Engine]] = {
+        EngineKind.VLLM: lambda: VllmServerEngine(
+            run_dir=run_dir, files_of=resolve_files, python=find_python(settings.vllm)
+        ),
+        EngineKind.LLAMACPP: lambda: LlamaCppEngine(
+            run_dir=run_dir, files_of=resolve_files, server=find_server(settings.llamacpp)
+        ),
+        EngineKind.STUB: lambda: StubEngine(load_s=settings.worker.stub_load_s, run_s=settings.worker.stub_run_s),
+    }
+    return {kind: build[kind]() for kind in kinds}
+
+
+def _switch_limits(settings: Settings) -> SwitchLimits:
+    switch = settings.switch
+    return SwitchLimits(
+        attempt_s=switch.timeout_s,
+        attempts=switch.attempts,
+        drain_s=switch.drain_s,
+        quarantine_s=switch.quarantine_s,
+        load=LoadLimits(max_temperature_c=switch.max_temperature_c, max_power_share=switch.max_power_share),
+    )
+
+
+def _capacity(machine: Machine) -> int:
+    """Bytes that models may take together: all cards', or the host's memory where there is none."""
+    return sum(gpu.total_bytes for gpu in machine.gpus) or machine.ram_total_bytes
+
+
+# --- Names, folders, connections --------------------------------------------------------------------------
+
+
+def worker_name(settings: Settings) -> str:
+    """What this worker is called in Redis and in `shiftworker status`."""
+    return settings.worker.name or gethostname().split(".")[0]
+
+
+def process_name(role: str, settings: Settings) -> str:
+    """What Celery and Flower call a process of ours."""
+    return f"{role}@{worker_name(settings)}"
+
+
+def _owner(name: str) -> str:
+    """A name for this one start of this process: deliveries of an earlier start are another owner's."""
+    return f"{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+
+
+def _run_dir(settings: Settings, leaving: ExitStack) -> Path:
+    if settings.worker.run_dir is None:
+        return Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="sw-", ignore_cleanup_errors=True)))
+    settings.worker.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return settings.worker.run_dir
+
+
+def _redis(settings: Settings) -> tuple[RedisClient, RedisClient]:
+    """A client for what may be missed, and a patient one for what must not; waits until Redis is there."""
+    client = connect(settings.redis.url)
+    wait_until_there(client, settings.redis.url)
+    return client, connect(settings.redis.url, patient=True)
+
+
+def _lease(app: Celery, settings: Settings, owner: str) -> Lease:
+    return Lease(
+        app=app,
+        client=connect(settings.redis.url),
+        owner=owner,
+        lease_s=settings.delivery.lease_s,
+        visibility_timeout_s=settings.delivery.visibility_timeout_s,
+    )
