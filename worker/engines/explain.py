@@ -8,7 +8,7 @@ import re
 
 # "(EngineCore pid=7) ERROR 11-21 12:00:00 [core.py:1] " of vLLM; "0.00.004.444 E srv    load_model: " of llama.cpp.
 _PREFIX = re.compile(
-    r"^(\([^)]*pid=\d+\)\s*)?((ERROR|WARNING|INFO|CRITICAL)\s+[\d-]+\s+[\d:.]+\s+\[[^\]]*\]\s*)?"
+    r"^(\([^)]*pid=\d+\) ?)?((ERROR|WARNING|INFO|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\] ?)?"
     r"([\d.]+\s+[EWID]\s+(?=\S))?"
 )
 _RAISED = re.compile(r"^([\w.]+\.)?\w*(Error|Exception|Interrupt)\b(:|$)")  # the last line of a traceback

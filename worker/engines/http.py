@@ -85,7 +85,9 @@ class EngineHttp:
         asyncio.run_coroutine_threadsafe(self._forget(socket), self._loop).result()
 
     def close(self) -> None:
-        """End running calls (they raise EngineDied), close every connection, end the thread."""
+        """End running calls (they raise EngineDied), close every connection, end the thread. Twice is once."""
+        if self._loop.is_closed():
+            return
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

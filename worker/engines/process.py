@@ -133,7 +133,7 @@ class EngineProcess:
                     raise LoadFailed(self._why_it_ended())
                 if time.monotonic() >= deadline:
                     raise LoadFailed(
-                        f"{self.name} did not become ready within {timeout_s:g} s. {explain_failure(self.tail())} "
+                        f"{self.name} did not become ready within {timeout_s:.1f} s. {explain_failure(self.tail())} "
                         f"Its whole log: {self.log}. If it was only slow, raise SWITCH_TIMEOUT_S."
                     )
         self.ready = True

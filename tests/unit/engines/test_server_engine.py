@@ -1,0 +1,239 @@
+"""
+One process tree per model, asked for a state: shown with a small real engine and its misbehaviours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+
+from common.errors import EngineDied, EngineFailed, EngineTimeout, LoadFailed, ModelMissing
+from tests.factories import make_placement
+from tests.waiting import eventually
+from worker.catalog.spec import EngineKind, ModelSpec
+from worker.engines.base import Call, Completion, EngineState, JobStopped, StopSignal
+from worker.engines.process import MARKER, Launch
+from worker.engines.server_engine import ServerEngine
+from worker.selection.placement import Placement
+
+FAKE = Path(__file__).parents[2] / "fakes" / "fake_engine.py"
+
+
+class FakeEngine(ServerEngine):
+    """A `ServerEngine` over fake_engine.py, with its flags."""
+
+    kind: ClassVar[EngineKind] = EngineKind.STUB
+
+    def __init__(self, run_dir: Path, flags: Sequence[str]) -> None:
+        super().__init__(run_dir=run_dir, files_of=lambda spec: spec.source)
+        self._flags = flags
+
+    def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
+        """Start the fake."""
+        return Launch(command=[sys.executable, str(FAKE), "--uds", str(socket), *self._flags], env=os.environ)
+
+
+Make = Callable[..., FakeEngine]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Make engines in a folder of the test; no process with that folder's engines may be left after it."""
+    made: list[FakeEngine] = []
+
+    def make_engine(*flags: str) -> FakeEngine:
+        made.append(FakeEngine(tmp_path / "run", flags))
+        return made[-1]
+
+    yield make_engine
+    for engine in made:
+        engine.close()
+    assert processes_below(tmp_path) == []
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as threads:
+        yield threads
+
+
+def processes_below(folder: Path) -> list[int]:
+    """Every process whose command line names *folder*: the guards and the fakes."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(folder) in part for part in process.info["cmdline"] or ())
+    ]
+
+
+def ask(engine: FakeEngine, *, timeout_s: float = 20, stop: StopSignal | None = None, **body: Any) -> Completion:
+    return engine.generate("small", Call(path="/v1/x", body=body, timeout_s=timeout_s), stop or StopSignal())
+
+
+def test_the_states_of_a_model_from_start_to_stop(make: Make, pool: ThreadPoolExecutor) -> None:
+    """Stopped, starting, ready, stopped; each is seen from another thread while it lasts."""
+    engine = make("--load-seconds", "0.3")
+    assert engine.state("small") is EngineState.STOPPED
+
+    loading = pool.submit(engine.ensure_ready, make_placement(), timeout_s=20)
+    eventually(lambda: engine.state("small") is EngineState.STARTING)
+    loaded = loading.result()
+
+    assert engine.state("small") is EngineState.READY
+    assert loaded.seconds >= 0.3
+    assert len(loaded.pids) == 2
+    engine.ensure_stopped("small", timeout_s=10)
+    assert engine.state("small") is EngineState.STOPPED
+
+
+def test_asked_from_many_threads_at_once_it_starts_once(make: Make, pool: ThreadPoolExecutor) -> None:
+    """Everybody gets the same processes."""
+    engine = make("--load-seconds", "0.2")
+
+    loaded = list(pool.map(lambda _: engine.ensure_ready(make_placement(), timeout_s=20), range(8)))
+
+    assert len({found.pids for found in loaded}) == 1
+
+
+def test_two_models_run_side_by_side_and_stop_apart(make: Make) -> None:
+    """Stopping one leaves the other as it is."""
+    engine = make()
+    for name in ("small", "large"):
+        engine.ensure_ready(make_placement(name), timeout_s=20)
+
+    engine.ensure_stopped("large", timeout_s=10)
+
+    assert engine.state("large") is EngineState.STOPPED
+    assert ask(engine).response["choices"]
+
+
+def test_a_load_that_hangs_ends_at_its_deadline_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    """Also when the engine ignores SIGTERM and has a child that left the session."""
+    engine = make("--hang-on-load", "--ignore-sigterm", "--spawn-child")
+
+    with pytest.raises(LoadFailed, match=r"small did not become ready within 0\.5 s"):
+        engine.ensure_ready(make_placement(), timeout_s=0.5)
+
+    assert engine.state("small") is EngineState.STOPPED
+    assert processes_below(tmp_path) == []
+
+
+def test_a_load_that_hangs_can_be_stopped(make: Make, pool: ThreadPoolExecutor) -> None:
+    """Who asks for stopped need not wait for the load's deadline."""
+    engine = make("--hang-on-load")
+    loading = pool.submit(engine.ensure_ready, make_placement(), timeout_s=250)
+    eventually(lambda: engine.state("small") is EngineState.STARTING)
+
+    engine.ensure_stopped("small", timeout_s=10)
+
+    with pytest.raises(LoadFailed, match="stopped while it was loading"):
+        loading.result()
+
+
+def test_missing_files_start_nothing(tmp_path: Path) -> None:
+    """The catalogue's error comes through, and no folder is left behind."""
+
+    def files_of(spec: ModelSpec) -> Path:
+        raise ModelMissing("not there")
+
+    engine = FakeEngine(tmp_path / "run", ())
+    engine._files_of = files_of
+
+    with pytest.raises(ModelMissing):
+        engine.ensure_ready(make_placement(), timeout_s=20)
+
+    assert engine.state("small") is EngineState.STOPPED
+    assert list((tmp_path / "run").iterdir()) == []
+    engine.close()
+
+
+@pytest.mark.parametrize("flag", ["--wrong-answer", "--fail"])
+def test_nonsense_and_http_500_of_a_living_engine_are_its_failure(make: Make, flag: str) -> None:
+    """Not its death: it stays ready, and the job may be tried again."""
+    engine = make(flag)
+    engine.ensure_ready(make_placement(), timeout_s=20)
+
+    with pytest.raises(EngineFailed):
+        ask(engine)
+
+    assert engine.state("small") is EngineState.READY
+
+
+def test_a_request_that_kills_the_engine_learns_of_its_death(make: Make) -> None:
+    """The state is dead from that moment on, so that no further job is sent there."""
+    engine = make("--spawn-child")
+    engine.ensure_ready(make_placement(), timeout_s=20)
+
+    with pytest.raises(EngineDied, match=r"small\.log"):
+        ask(engine, die=True)
+
+    assert engine.state("small") is EngineState.DEAD
+
+
+def test_an_idle_engine_that_dies_is_dead(make: Make) -> None:
+    """Nobody need ask it anything for that."""
+    engine = make()
+    pids = engine.ensure_ready(make_placement(), timeout_s=20).pids
+
+    psutil.Process(pids[-1]).kill()
+
+    eventually(lambda: engine.state("small") is EngineState.DEAD, within_s=2)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "deadline", "handback"])
+def test_a_request_under_way_is_stopped_from_another_thread(
+    make: Make, pool: ThreadPoolExecutor, tmp_path: Path, reason: str
+) -> None:
+    """It ends with the reason, though the engine never answers."""
+    engine, stop, arrived = make(), StopSignal(), tmp_path / "arrived"
+    engine.ensure_ready(make_placement(), timeout_s=20)
+    request = pool.submit(ask, engine, stop=stop, hold=str(arrived))
+    eventually(arrived.exists)
+
+    stop.stop(reason)
+
+    with pytest.raises(JobStopped, match=reason):
+        request.result(timeout=1)
+
+
+def test_a_request_that_is_never_answered_times_out(make: Make, tmp_path: Path) -> None:
+    """The engine is not blamed for it: it stays ready."""
+    engine = make()
+    engine.ensure_ready(make_placement(), timeout_s=20)
+
+    with pytest.raises(EngineTimeout, match=r"0\.2 s"):
+        ask(engine, timeout_s=0.2, hold=str(tmp_path / "arrived"))
+
+    assert engine.state("small") is EngineState.READY
+
+
+def test_closing_ends_running_requests_and_every_process(make: Make, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    """The last call leaves nothing."""
+    engine, arrived = make(), tmp_path / "arrived"
+    engine.ensure_ready(make_placement(), timeout_s=20)
+    request = pool.submit(ask, engine, hold=str(arrived))
+    eventually(arrived.exists)
+
+    engine.close()
+
+    with pytest.raises(EngineDied):
+        request.result(timeout=3)
+    assert processes_below(tmp_path) == []
+
+
+def test_every_process_of_an_engine_carries_its_marker(make: Make) -> None:
+    """The marker is how a process that lost its parent is found; it differs from start to start."""
+    engine = make("--spawn-child")
+    pids = engine.ensure_ready(make_placement(), timeout_s=20).pids
+
+    markers = {psutil.Process(pid).environ()[MARKER] for pid in pids}
+
+    assert len(pids) == 3
+    assert len(markers) == 1
