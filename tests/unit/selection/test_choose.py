@@ -180,6 +180,44 @@ def test_a_card_too_small_for_all_layers_takes_some() -> None:
     assert 20 <= placement.n_gpu_layers < 28
 
 
+def test_the_host_must_have_room_for_the_other_layers() -> None:
+    """
+    The same card beside too little RAM: the layers that the card cannot take have nowhere to go.
+    """
+    assert "qwen2.5-7b" in ids(choose(make_machine(2, ram_gib=16)))
+    assert "qwen2.5-7b" not in ids(choose(make_machine(2, ram_gib=4)))
+
+
+@pytest.mark.parametrize(("kv_heads", "count"), [(8, 4), (4, 4), (2, None), (6, None)])
+def test_cards_must_divide_the_kv_heads_and_be_a_power_of_two(kv_heads: int, count: int | None) -> None:
+    """
+    48 GiB of weights on 24 GiB cards need three of them or more: four if that divides the KV heads, never three.
+    """
+    spec = make_spec("wide", engine=EngineKind.VLLM, weights_bytes=48 * GIB, kv_heads=kv_heads)
+    placement = choose(make_machine(24, 24, 24, 24), catalogue=Catalogue(models=(spec,))).placement("wide")
+
+    assert (placement.tensor_parallel_size if placement else None) == count
+
+
+def test_three_cards_are_used_as_two() -> None:
+    """
+    The third of three equal cards stays free: three does not split layers evenly.
+    """
+    spec = make_spec("wide", engine=EngineKind.VLLM, weights_bytes=48 * GIB, kv_heads=6)
+
+    assert choose(make_machine(24, 24, 24), catalogue=Catalogue(models=(spec,))).placements == ()
+
+
+def test_a_cpu_gets_a_small_pool() -> None:
+    """
+    On the CPU vLLM allocates its pool at every start, a second for 256 MiB: 1 GiB is enough, a card gets more.
+    """
+    short = Overrides(model="qwen3-4b-instruct", max_model_len=2048)
+
+    assert only(choose(make_machine(ram_gib=64), short)).kv_cache_bytes == GIB
+    assert only(choose(make_machine(80), short)).kv_cache_bytes == 64 * 2048 * 147456  # 2 x 36 x 8 x 128 x 2 bytes
+
+
 def test_a_cpu_machine_starts_small_and_a_gpu_machine_strong() -> None:
     """
     On a CPU the smallest model is ready and answers soonest; on cards nothing speaks against the strongest.
