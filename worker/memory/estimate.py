@@ -16,7 +16,7 @@ _FLOAT_BYTES = 4  # logits and llama.cpp's compute buffers are 32-bit floats
 _SAMPLER_COPIES = 3.9
 # Below that, the forward pass of max_num_batched_tokens rules; largest measured with 8192 tokens: 1.21 GiB.
 _FORWARD_BYTES = int(1.25 * _GIB)
-# Captured graphs grow with depth: 0.6 to 1.0 GiB with 28 to 36 layers, 1.6 to 1.85 GiB with 80 (41 logs).
+# Captured graphs grow with depth: 0.6 to 1.0 GiB with 28 to 36 layers, 1.5 to 1.9 GiB with 80 (H100 logs).
 _CUDA_GRAPH_BYTES = int(0.2 * _GIB)
 _CUDA_GRAPH_LAYER_BYTES = int(0.02 * _GIB)
 _NON_TORCH_BYTES = int(0.25 * _GIB)  # CUDA context and libraries on one card
