@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
@@ -24,9 +25,9 @@ MAX_CONNECTIONS = 128
 # that the server is just closing would look like the engine's death.
 KEEPALIVE_S = 2.0
 
-_LIMITS = httpx.Limits(
-    max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_S
-)
+# httpx's pool looks at each of its connections at each request, so 128 in one pool cost more than the requests:
+# against llama.cpp 37-79 jobs/s, in 16 pools of 8 217 (128 calls at once, 2 cores).
+POOLS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,29 @@ class Answer:
 
     status: int
     content: bytes
+
+
+class _Spread(httpx.AsyncBaseTransport):
+    """Several small pools of connections to one socket; a request goes to the one with the fewest."""
+
+    def __init__(self, socket: Path) -> None:
+        size = MAX_CONNECTIONS // POOLS
+        limits = httpx.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=KEEPALIVE_S)
+        plain = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used; else each pool reads every certificate there is
+        self._pools = [httpx.AsyncHTTPTransport(uds=str(socket), limits=limits, verify=plain) for _ in range(POOLS)]
+        self._busy = [0] * POOLS
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        chosen = self._busy.index(min(self._busy))
+        self._busy[chosen] += 1
+        try:
+            return await self._pools[chosen].handle_async_request(request)
+        finally:
+            self._busy[chosen] -= 1
+
+    async def aclose(self) -> None:
+        for pool in self._pools:
+            await pool.aclose()
 
 
 class EngineHttp:
@@ -113,7 +137,7 @@ class EngineHttp:
     def _client(self, socket: Path) -> httpx.AsyncClient:
         if socket not in self._clients:
             self._clients[socket] = httpx.AsyncClient(
-                transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=_LIMITS),
+                transport=_Spread(socket),
                 base_url="http://engine",
                 timeout=None,  # noqa: S113 - one deadline for the whole call, in _post
                 trust_env=False,  # a proxy of the environment is not for a Unix socket

@@ -45,7 +45,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def running(pids: tuple[int, ...]) -> list[int]:
     """Which of *pids* are processes that run."""
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+    def runs(pid: int) -> bool:
+        try:
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    return [pid for pid in pids if runs(pid)]
 
 
 def wait_gone(pids: tuple[int, ...]) -> None:
