@@ -51,7 +51,7 @@ class JobStore(Protocol):
         ...
 
     def view(self, job_id: str) -> JobView:
-        """What is known of the job now."""
+        """What is known of the job now; the state of a job that has ended never changes again."""
         ...
 
     def ask_cancel(self, job_id: str) -> None:
@@ -109,9 +109,7 @@ class MemoryJobStore:
     def finish(self, outcome: Outcome) -> Outcome:
         """See JobStore."""
         with self._lock:
-            kept = self._outcomes.setdefault(outcome.job_id, outcome)
-        self._change(outcome.job_id, state=kept.state)
-        return kept
+            return self._outcomes.setdefault(outcome.job_id, outcome)
 
     def outcome(self, job_id: str) -> Outcome | None:
         """See JobStore."""
@@ -131,7 +129,9 @@ class MemoryJobStore:
         return frozenset(self._cancels.intersection(job_ids))
 
     def _view(self, job_id: str) -> JobView:
-        return self._views.get(job_id, JobView(job_id=job_id, state=JobState.UNKNOWN))
+        view = self._views.get(job_id, JobView(job_id=job_id, state=JobState.UNKNOWN))
+        ended = self._outcomes.get(job_id)
+        return view if ended is None else view.model_copy(update={"state": ended.state})
 
     def _change(self, job_id: str, **fields: object) -> None:
         with self._lock:

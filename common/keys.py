@@ -36,7 +36,7 @@ _PREFIX: Final = "shiftworker:"
 
 
 def job(job_id: str) -> str:
-    """Hash: state, model, complexity, why, queued_at, attempts, engine_deaths, claim (a delivery tag)."""
+    """Hash: state, end (set with the outcome), model, complexity, why, queued_at, attempts, faults, claim (a tag)."""
     return f"{_PREFIX}job:{job_id}"
 
 

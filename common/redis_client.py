@@ -4,8 +4,8 @@ One way to reach Redis: short time limits, text answers, and an error that says 
 
 from __future__ import annotations
 
+import re
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
@@ -73,8 +73,5 @@ def wait_until_there(client: RedisClient, url: str) -> None:
 
 
 def without_password(url: str) -> str:
-    """*url* as it may be shown: the password replaced by dots."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":...@")))
+    """*url* as it may be shown, also when it is not valid: the password replaced by dots."""
+    return re.sub(r"://([^/:@]*):.*@", r"://\1:...@", re.sub(r"([?&]password=)[^&#]*", r"\1...", url))

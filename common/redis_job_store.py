@@ -27,7 +27,7 @@ _FINISH = """
 local kept = redis.call('GET', KEYS[1])
 if kept then return kept end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-redis.call('HSET', KEYS[2], 'state', ARGV[2])
+redis.call('HSET', KEYS[2], 'end', ARGV[2])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 return ARGV[1]
 """
@@ -53,8 +53,7 @@ class RedisJobStore:
 
     def note_routed(self, job_id: str, route: Route) -> None:
         """See JobStore."""
-        routed = {"state": JobState.ROUTED, "model": route.model, "complexity": route.complexity, "why": route.why}
-        self._redis.hset(keys.job(job_id), mapping=routed)
+        self._change(job_id, state=JobState.ROUTED, model=route.model, complexity=route.complexity, why=route.why)
 
     def begin(self, job_id: str, *, delivery: str) -> int | None:
         """See JobStore."""
@@ -63,11 +62,14 @@ class RedisJobStore:
 
     def note_handed_back(self, job_id: str) -> None:
         """See JobStore."""
-        self._redis.hset(keys.job(job_id), "state", JobState.ROUTED)
+        self._change(job_id, state=JobState.ROUTED)
 
     def note_fault(self, job_id: str) -> int:
         """See JobStore."""
-        return int(self._redis.hincrby(keys.job(job_id), "faults", 1))
+        with self._redis.pipeline() as pipe:
+            pipe.hincrby(keys.job(job_id), "faults", 1)
+            pipe.expire(keys.job(job_id), self._ttl_s)
+            return int(pipe.execute()[0])
 
     def finish(self, outcome: Outcome) -> Outcome:
         """See JobStore."""
@@ -88,7 +90,7 @@ class RedisJobStore:
         queued_at = found.get("queued_at")
         return JobView(
             job_id=job_id,
-            state=JobState(found.get("state", JobState.UNKNOWN)),
+            state=JobState(found.get("end") or found.get("state", JobState.UNKNOWN)),
             model=found.get("model"),
             complexity=float(found["complexity"]) if "complexity" in found else None,
             why=found.get("why"),
@@ -105,3 +107,9 @@ class RedisJobStore:
         ids = list(job_ids)
         marks = self._redis.mget([keys.cancel(job_id) for job_id in ids]) if ids else []
         return frozenset(job_id for job_id, mark in zip(ids, marks, strict=True) if mark)
+
+    def _change(self, job_id: str, **fields: str | float) -> None:
+        with self._redis.pipeline() as pipe:
+            pipe.hset(keys.job(job_id), mapping=fields)
+            pipe.expire(keys.job(job_id), self._ttl_s)
+            pipe.execute()

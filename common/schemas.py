@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
 
 from common.errors import InvalidRequest, ShiftworkerError, error_for
 
@@ -81,9 +82,13 @@ class JobRequest(BaseModel):
                 'body, for example {"messages": [{"role": "user", "content": "Hello"}]}.'
             )
         try:
-            return cls.model_validate(body)
+            request = cls.model_validate(body)
+            request.model_dump_json()  # half a surrogate pair is a str in Python, and nothing that can be stored
         except ValidationError as error:
             raise InvalidRequest(f"The job's body is not valid: {_problems(error)}.") from None
+        except PydanticSerializationError as error:
+            raise InvalidRequest(f"The job's body cannot be written as JSON in UTF-8: {error}.") from None
+        return request
 
     @model_validator(mode="after")
     def _exactly_one_kind(self) -> Self:

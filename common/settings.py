@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from common.errors import BadSetting
+from common.redis_client import without_password
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
@@ -215,5 +216,6 @@ def _problem(group: type[_Group], found: dict[str, object]) -> str:
     info = group.model_fields.get(field)
     meaning = f" ({info.description})" if info is not None and info.description else ""
     secret = info is not None and info.annotation is not None and "Secret" in str(info.annotation)
-    value = "..." if secret else repr(found.get("input"))
+    given = found.get("input")
+    value = "..." if secret else repr(without_password(given) if isinstance(given, str) else given)
     return f"{variable}={value}: {str(found['msg']).removeprefix('Value error, ')}{meaning}"

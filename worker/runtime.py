@@ -106,7 +106,7 @@ class Runtime:
         if turn.model_id is None or residency.ready(turn.model_id):
             return False
         asked = residency.switching
-        return asked is None or (asked.stage is None and now - asked.since > _ASKED_IN_VAIN_S)
+        return asked is None or (not asked.begun and now - asked.since > _ASKED_IN_VAIN_S)
 
     def _status_is_due(self, residency: Residency, now: float) -> bool:
         if self._published is None:

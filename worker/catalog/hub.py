@@ -56,6 +56,6 @@ def _why_unreachable() -> str | None:
         return "HF_HUB_OFFLINE is set"
     try:
         httpx.head(constants.ENDPOINT, timeout=_ANSWER_S)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"the hub at {constants.ENDPOINT} does not answer ({type(error).__name__})"
     return None

@@ -38,20 +38,21 @@ class ResidencyBoard:
             It is not ready, or no longer.
         """
         with self._changed:
-            if not self._residency.ready(model_id):
+            found = self._residency.resident(model_id)
+            if found is None or found.level is not Level.READY:
                 raise EngineNotReady(f"Model {model_id} is not ready on this worker; the job waits in its queue.")
-            self._count(model_id, 1)
+            self._count(model_id, found.since, 1)
         try:
             yield
         finally:
-            with self._changed:
-                self._count(model_id, -1)
-                self._changed.notify_all()
+            self._count(model_id, found.since, -1)
 
-    def _count(self, model_id: str, change: int) -> None:
-        found = self._residency.resident(model_id)
-        if found is not None:  # its engine may have died under the job
-            self.put(replace(found, in_flight=max(0, found.in_flight + change)))
+    def _count(self, model_id: str, since: float, change: int) -> None:
+        with self._changed:
+            found = self._residency.resident(model_id)
+            # The engine may have died under the job, and another one be ready that knows nothing of it.
+            if found is not None and found.since == since:
+                self.put(replace(found, in_flight=found.in_flight + change))
 
     def wait_empty(self, model_id: str, *, timeout_s: float) -> bool:
         """Wait until no job runs on *model_id*; False if *timeout_s* was not enough."""
@@ -66,8 +67,9 @@ class ResidencyBoard:
 
     def put(self, resident: Resident) -> None:
         """Add *resident*, or replace what is known of it."""
-        others = tuple(r for r in self._residency.residents if r.model_id != resident.model_id)
-        self._set(residents=(*others, resident))
+        with self._changed:
+            others = tuple(r for r in self._residency.residents if r.model_id != resident.model_id)
+            self._set(residents=(*others, resident))
 
     def set_level(self, model_id: str, level: Level) -> None:
         """Change how far *model_id* is from answering."""
@@ -78,7 +80,8 @@ class ResidencyBoard:
 
     def remove(self, model_id: str) -> None:
         """*model_id* holds nothing any more."""
-        self._set(residents=tuple(r for r in self._residency.residents if r.model_id != model_id))
+        with self._changed:
+            self._set(residents=tuple(r for r in self._residency.residents if r.model_id != model_id))
 
     def switching(self, switching: Switching | None) -> None:
         """A switch was asked for, has moved on, or has ended."""

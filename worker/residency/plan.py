@@ -42,7 +42,7 @@ def plan_switch(residency: Residency, model_id: str, size: int) -> SwitchPlan:
 
     # (3) Fits beside the others. What is left of an earlier, broken load of the same model goes first.
     remains = tuple(r.model_id for r in residency.residents if r.model_id == model_id)
-    others = tuple(r for r in residency.residents if r.model_id != model_id)
+    others = tuple(sorted((r for r in residency.residents if r.model_id != model_id), key=lambda r: r.model_id))
     if _room(residency, others, size):
         reason = f"{model_id} fits beside {', '.join(r.model_id for r in others)}" if others else "nothing is loaded"
         return SwitchPlan(stop=remains, start=model_id, reason=reason)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from common.errors import LoadFailed, LoadRefused, ShiftworkerError, UnknownModel
+from common.errors import DoesNotFit, InternalError, LoadFailed, LoadRefused, ShiftworkerError, UnknownModel
 from common.logs import get_logger
 from common.schemas import BodyKind, SwitchRecord, SwitchStage, utc_now
 from worker.catalog.spec import EngineKind, ModelSpec
@@ -176,16 +176,23 @@ class _Run:
         model_id = self._placement.model_id
         plan = plan_switch(self._board.read(), model_id, self._placement.memory.total)
         logger.info("residency.planned", model_id=model_id, stop=plan.stop, reason=plan.reason)
+        if self._board.read().ready(model_id):
+            return self.finished("ready", plan.reason)
         if plan.start is None:
-            return self.finished("ready" if self._board.read().ready(model_id) else "failed", plan.reason)
+            return self._give_up(DoesNotFit(plan.reason))
+        self._show(None)
         try:
             # Files that must come over the network come before anything is stopped, and cost no attempt.
             self._switcher._fetch(self._placement.spec)
             self._make_room(plan.stop)
             self._start()
         except ShiftworkerError as error:
-            self._give_up(error)
-            return self.finished("failed", error.message)
+            return self._give_up(error)
+        except Exception as error:
+            # A fault of ours, or of the machine (no file, no process left): left alone like any other failure.
+            logger.exception("residency.internal_error", model_id=model_id)
+            self._clear_away()
+            return self._give_up(InternalError(f"{type(error).__name__}: {error}"))
         self._board.quarantine(model_id, None)
         return self.finished("ready", plan.reason)
 
@@ -255,7 +262,8 @@ class _Run:
             logger.exception("residency.remains", model_id=model_id, error=error.message)
         self._board.remove(model_id)
 
-    def _give_up(self, error: ShiftworkerError) -> None:
+    def _give_up(self, error: ShiftworkerError) -> SwitchRecord:
+        """Leave the model alone for a while: asked for again at once, it would fail at once."""
         model_id = self._placement.model_id
         before = self._board.read().quarantined.get(model_id)
         failures = (before.failures if before else 0) + 1
@@ -266,15 +274,28 @@ class _Run:
         logger.error(
             "residency.quarantined", model_id=model_id, seconds=pause_s, failures=failures, error=error.message
         )
+        return self.finished("failed", error.message)
 
     def _enter(self, stage: SwitchStage, detail: str) -> None:
         self._leave()
         self._stage = (stage, time.monotonic())
-        self._board.switching(
-            Switching(to_model=self._placement.model_id, epoch=self._epoch, since=time.time(), stage=stage)
-        )
+        self._show(stage)
         logger.info("residency.stage", model_id=self._placement.model_id, stage=stage, detail=detail)
-        self._on_stage(stage, detail)
+        self._tell(self._on_stage, stage, detail)
+
+    def _show(self, stage: SwitchStage | None) -> None:
+        """Put it on the board that this switch is under way."""
+        model_id = self._placement.model_id
+        self._board.switching(
+            Switching(to_model=model_id, epoch=self._epoch, since=time.time(), begun=True, stage=stage)
+        )
+
+    def _tell(self, listener: Callable[..., object], *what: object) -> None:
+        """Tell the outside; that nobody listens (Redis is away, say) does not stop a switch half way."""
+        try:
+            listener(*what)
+        except Exception as error:  # noqa: BLE001 - whatever a listener's fault is, it is not the switch's
+            logger.warning("residency.not_told", model_id=self._placement.model_id, error=str(error))
 
     def _leave(self) -> None:
         if self._stage is not None:
@@ -297,8 +318,9 @@ class _Run:
         )
         logger.info("residency.switched", **record.model_dump(mode="json", exclude={"at"}))
         if outcome != "stale":
-            self._on_stage(SwitchStage.READY if outcome == "ready" else SwitchStage.FAILED, record.reason)
-            self._switcher._record(record)
+            stage = SwitchStage.READY if outcome == "ready" else SwitchStage.FAILED
+            self._tell(self._on_stage, stage, record.reason)
+            self._tell(self._switcher._record, record)
         return record
 
 

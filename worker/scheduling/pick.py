@@ -61,9 +61,10 @@ def pick_turn(
     at_work = sorted((model for model in waiting if model in ready), key=lambda model: (-age(model), model))
 
     # (2) A turn just begun.
-    for resident in residency.residents:
-        if resident.model_id in at_work and now - resident.since < min_turn_s:
-            return Turn(model_id=resident.model_id, reason=f"its turn began {now - resident.since:.0f} s ago")
+    for model in at_work:
+        resident = residency.resident(model)
+        if resident is not None and now - resident.since < min_turn_s:
+            return Turn(model_id=model, reason=f"its turn began {now - resident.since:.0f} s ago")
 
     # (3) Over the bound.
     longest = min(waiting, key=lambda model: (-age(model), model))

@@ -46,7 +46,8 @@ class Switching:
     to_model: str
     epoch: int
     since: float  # Unix seconds
-    stage: SwitchStage | None = None  # None = asked for, not begun
+    begun: bool = False  # False = asked for; no thread has taken it up yet
+    stage: SwitchStage | None = None  # None = none yet: not begun, or files still come over the network
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,202 @@
+"""
+Whose turn it is, in every small world: promises that hold in all of them, and a few rows to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
+
+import pytest
+
+from worker.scheduling.pick import Turn, pick_turn
+from worker.state.backlog import Backlog, Waiting
+from worker.state.residency import Level, Quarantine, Residency, Resident
+
+NOW = 10_000.0
+MAX_WAIT_S = 600.0
+MIN_TURN_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One model of a small world."""
+
+    count: int = 0
+    age: float | None = None  # of the job at the head, seconds
+    standing: str = "absent"  # absent, ready, fresh (ready for 5 s only), starting, quarantined
+
+    @property
+    def ready(self) -> bool:
+        """Do its jobs run now?"""
+        return self.standing in ("ready", "fresh")
+
+    @property
+    def waited(self) -> float:
+        """Seconds; 0 where the age is unknown."""
+        return self.age or 0.0
+
+
+World = dict[str, Model]
+
+SINCE = {"ready": NOW - 100, "fresh": NOW - 5, "starting": NOW}
+
+
+def pick(world: World, *, starting: str | None = "a", order: tuple[str, ...] | None = None) -> Turn:
+    names = order or tuple(world)
+    residents = tuple(
+        Resident(
+            model_id=name,
+            level=Level.READY if world[name].ready else Level.STARTING,
+            bytes=1,
+            since=SINCE[world[name].standing],
+        )
+        for name in names
+        if world[name].standing in SINCE
+    )
+    quarantine = Quarantine(until=NOW + 1, failures=1, reason="it does not load")
+    residency = Residency(
+        capacity=9,
+        max_residents=3,
+        residents=residents,
+        quarantined={name: quarantine for name in names if world[name].standing == "quarantined"},
+    )
+    waiting = {
+        name: Waiting(count=world[name].count, oldest_at=None if (age := world[name].age) is None else NOW - age)
+        for name in names
+    }
+    return pick_turn(
+        Backlog(by_model=waiting), residency, names,
+        now=NOW, max_wait_s=MAX_WAIT_S, min_turn_s=MIN_TURN_S, starting=starting,
+    )  # fmt: skip
+
+
+def every_world() -> Iterator[World]:
+    """Two models in every state; three in a smaller choice of states."""
+    ages = {0: (None,), 1: (None, 0.0, 100.0, 700.0), 5: (None, 0.0, 100.0, 700.0)}
+    standings = ("absent", "ready", "fresh", "starting", "quarantined")
+    two = [Model(count=n, age=age, standing=s) for n in ages for age in ages[n] for s in standings]
+    three = [
+        Model(count=n, age=age, standing=s)
+        for n, age in ((0, None), (5, 100.0), (1, 700.0))
+        for s in ("absent", "ready", "fresh", "quarantined")
+    ]
+    for models in (*product(two, repeat=2), *product(three, repeat=3)):
+        yield dict(zip("abc", models, strict=False))
+
+
+WORLDS = list(every_world())
+
+
+def test_a_model_in_quarantine_never_gets_a_turn() -> None:
+    """Whatever waits for it."""
+    for world in WORLDS:
+        for starting in ("a", None):
+            turn = pick(world, starting=starting)
+            assert turn.model_id is None or world[turn.model_id].standing != "quarantined", world
+
+
+def test_nobody_s_turn_only_if_nothing_can_be_done() -> None:
+    """No job waits for a model that may be loaded, none is ready, and the first one may not be loaded."""
+    for world in WORLDS:
+        possible = {name: model for name, model in world.items() if model.standing != "quarantined"}
+        idle = not any(model.count or model.ready for model in possible.values())
+        assert (pick(world).model_id is None) == (idle and "a" not in possible), world
+        assert (pick(world, starting=None).model_id is None) == idle, world
+
+
+def test_a_model_without_jobs_gets_no_turn_while_another_has_some() -> None:
+    """A turn is for work."""
+    for world in WORLDS:
+        turn = pick(world)
+        if any(model.count for model in world.values() if model.standing != "quarantined"):
+            assert turn.model_id is not None
+            assert world[turn.model_id].count, world
+
+
+def test_no_switch_while_what_is_ready_has_jobs_unless_the_bound_is_broken() -> None:
+    """Collation, with its one exception."""
+    for world in WORLDS:
+        if any(model.ready and model.count for model in world.values()):
+            chosen = world[pick(world).model_id or ""]
+            assert chosen.ready or chosen.waited > MAX_WAIT_S, world
+
+
+def test_over_the_bound_the_longest_wait_wins_unless_a_turn_has_just_begun() -> None:
+    """The bound on waiting holds in every world."""
+    for world in WORLDS:
+        waiting = [model for model in world.values() if model.count and model.standing != "quarantined"]
+        longest = max((model.waited for model in waiting), default=0.0)
+        if longest > MAX_WAIT_S and not any(model.standing == "fresh" for model in waiting):
+            assert world[pick(world).model_id or ""].waited == longest, world
+
+
+def test_a_turn_that_has_just_begun_is_kept() -> None:
+    """Even over the bound: an overload must not only switch."""
+    for world in WORLDS:
+        if any(model.standing == "fresh" and model.count for model in world.values()):
+            assert world[pick(world).model_id or ""].standing == "fresh", world
+
+
+def test_the_order_of_models_and_residents_does_not_matter() -> None:
+    """Equal worlds, equal turns, ties included."""
+    for world in WORLDS:
+        assert len({pick(world, order=order) for order in permutations(world)}) == 1, world
+
+
+@pytest.mark.parametrize(
+    ("world", "turn"),
+    [
+        ({"a": Model()}, Turn(model_id="a", reason="nothing waits; the model to start with")),
+        ({"a": Model(standing="quarantined")}, Turn(model_id=None, reason="nothing waits, and no model can be loaded")),
+        (
+            {"a": Model(), "b": Model(standing="ready")},
+            Turn(model_id="b", reason="nothing waits; it stays ready"),
+        ),
+        (
+            {"a": Model(count=5, age=100), "b": Model(count=1, age=0, standing="ready")},
+            Turn(model_id="b", reason="1 of its jobs wait and it is ready"),
+        ),
+        (
+            {"a": Model(count=5, age=700), "b": Model(count=1, age=0, standing="ready")},
+            Turn(model_id="a", reason="a job has waited 700 s, the bound is 600 s"),
+        ),
+        (
+            {"a": Model(count=5, age=700), "b": Model(count=1, age=0, standing="fresh")},
+            Turn(model_id="b", reason="its turn began 5 s ago"),
+        ),
+        (
+            {"a": Model(count=1, age=100), "b": Model(count=5, age=0), "c": Model(standing="ready")},
+            Turn(model_id="a", reason="1 of its jobs wait, none for what is ready"),
+        ),
+        (
+            {"a": Model(count=1), "b": Model(count=1, age=0)},  # an unknown age counts as new: a tie, by name
+            Turn(model_id="a", reason="1 of its jobs wait, none for what is ready"),
+        ),
+    ],
+)
+def test_whose_turn_and_why(world: World, turn: Turn) -> None:
+    """One row for each question of the docstring."""
+    assert pick(world) == turn
+
+
+def test_a_quarantine_ends() -> None:
+    """At its end, to the second, the model may be tried again."""
+    quarantine = Quarantine(until=NOW, failures=3, reason="")
+    residency = Residency(capacity=9, max_residents=1, quarantined={"a": quarantine})
+
+    def turn(now: float) -> Turn:
+        backlog = Backlog(by_model={"a": Waiting(count=1, oldest_at=NOW)})
+        return pick_turn(backlog, residency, ["a"], now=now, max_wait_s=600, min_turn_s=30)
+
+    assert turn(NOW - 1).model_id is None
+    assert turn(NOW).model_id == "a"
+
+
+def test_a_backlog_of_models_that_are_not_served_here_is_nobody_s_turn() -> None:
+    """Only *models* are this worker's."""
+    backlog = Backlog(by_model={"elsewhere": Waiting(count=9, oldest_at=0.0)})
+    residency = Residency(capacity=9, max_residents=1)
+
+    assert pick_turn(backlog, residency, ["a"], now=NOW, max_wait_s=600, min_turn_s=30).model_id is None
