@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from celery.exceptions import TimeoutError as CeleryTimeout
+from dotenv import find_dotenv, load_dotenv
 from rich.console import Console
 from rich.markup import escape
 
@@ -28,8 +29,9 @@ from common.schemas import HardwareStatus, JobRequest, Outcome
 from common.settings import Settings
 from worker import show
 from worker.alive import is_alive
-from worker.embedded_redis import EmbeddedRedis, free_port, given_url
-from worker.supervisor import Program, Supervisor, shiftworker
+from worker.embedded_redis import EmbeddedRedis, free_port, given_url, usual_or_free_port
+from worker.programs import programs
+from worker.supervisor import Supervisor
 
 # Exit codes of sysexits.h, so that a supervisor can tell "fix me" from "try again".
 EXIT_UNAVAILABLE = 69
@@ -49,6 +51,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def main() -> None:
     """Run the command line; an error of ours is one clear sentence and an exit code, never a traceback."""
+    load_dotenv(find_dotenv(usecwd=True))  # .env beside the caller; what the environment says already stays
     try:
         app()
     except ShiftworkerError as error:
@@ -95,7 +98,7 @@ def up(
 ) -> None:
     """Run everything on this box: Redis (unless REDIS_URL names one), router, worker and Flower."""
     settings = _settings()
-    redis = None if given_url() else EmbeddedRedis(data / "redis")
+    redis = None if given_url() else EmbeddedRedis(data / "redis", port=usual_or_free_port())
     if redis is not None:
         redis.start()
     url = redis.url if redis else settings.redis.url
@@ -111,30 +114,6 @@ def up(
         supervisor.stop()
         if redis is not None:
             redis.stop()
-
-
-def programs(settings: Settings, *, redis_url: str, flower_port: int) -> list[Program]:
-    """The processes of one box, in the order they start."""
-    env = {"REDIS_URL": redis_url}
-    return [
-        Program(name="router", command=shiftworker("router"), env=env),
-        Program(name="worker", command=shiftworker("worker"), env=env, stop_s=settings.worker.soft_shutdown_s + 40),
-        flower_program(settings, redis_url=redis_url, port=flower_port),
-    ]
-
-
-def flower_program(settings: Settings, *, redis_url: str, port: int) -> Program:
-    """Flower on the loopback, or behind a password where one is set."""
-    password = settings.flower.password
-    env = {"REDIS_URL": redis_url, "FLOWER_UNAUTHENTICATED_API": "false" if password else "true"}
-    if password is not None:
-        env["FLOWER_BASIC_AUTH"] = f"{settings.flower.user}:{password.get_secret_value()}"
-    address = "0.0.0.0" if password else "127.0.0.1"  # noqa: S104 - only behind the password
-    command = [
-        sys.executable, "-m", "celery", "-A", "worker.flower_app", "flower",
-        f"--address={address}", f"--port={port}", "--logging=warning",
-    ]  # fmt: skip
-    return Program(name="flower", command=command, env=env, stop_s=10)
 
 
 @app.command()
@@ -238,8 +217,8 @@ def submit(
     settings = _settings()
     failed = 0
     with _client(settings) as client:
-        requests = list(read_requests(body, model))
-        ids = [client.submit(request) for request in requests]
+        requests = list(read_requests(body, model))  # read to the end first: a broken line sends nothing
+        ids = [client.submit(request) for _, request in requests]
         for job_id in ids:
             if not wait:
                 _out.print(job_id, highlight=False)
@@ -250,9 +229,11 @@ def submit(
     sys.exit(1 if failed else 0)
 
 
-def read_requests(body: str, model: str) -> Iterator[JobRequest]:
+def read_requests(body: str, model: str) -> Iterator[tuple[str, JobRequest]]:
     """
     Read what `submit` was given: a prompt, a JSON body, or lines of either a body or OpenAI's batch form.
+
+    Each comes with its name: the `custom_id` of a batch line, else what and where it was.
 
     Raises
     ------
@@ -269,18 +250,19 @@ def read_requests(body: str, model: str) -> Iterator[JobRequest]:
     if body.lstrip().startswith("{"):
         yield _read_request(body, model, "the body")
         return
-    yield JobRequest.parse({"messages": [{"role": "user", "content": body}], "model": model or "auto"})
+    yield "the prompt", JobRequest.parse({"messages": [{"role": "user", "content": body}], "model": model or "auto"})
 
 
-def _read_request(text: str, model: str, where: str) -> JobRequest:
+def _read_request(text: str, model: str, where: str) -> tuple[str, JobRequest]:
     try:
         found = json.loads(text)
-        parsed = JobRequest.parse(found.get("body", found) if isinstance(found, dict) else found)
+        line = found if isinstance(found, dict) else {}
+        parsed = JobRequest.parse(line.get("body", found))
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"{where} is not JSON ({error}). Write one JSON object on each line.") from None
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}: {error.message}") from None
-    return parsed.model_copy(update={"model": model}) if model else parsed
+    return str(line.get("custom_id", where)), parsed.model_copy(update={"model": model}) if model else parsed
 
 
 def _read_file(path: Path) -> str:
@@ -334,9 +316,10 @@ def cancel(job_id: str) -> None:
 def demo(
     jobs: Annotated[Path, typer.Option(help="Jobs in OpenAI's batch form.")] = Path("examples/jobs.jsonl"),
     data: Annotated[Path, typer.Option(help="Where models and logs are kept.")] = Path(".shiftworker/demo"),
+    *,
+    stay: Annotated[bool, typer.Option(help="Keep everything running afterwards, for jobs of your own.")] = False,
 ) -> None:
     """Start everything on free ports, answer real jobs with two small models, show what happened, stop."""
     from worker.demo.run import run_demo  # noqa: PLC0415 - needs the extra [demo]
 
-    requests = list(read_requests(str(jobs), ""))
-    sys.exit(run_demo(requests, data, _out))
+    sys.exit(run_demo(list(read_requests(str(jobs), "")), data, _out, stay=stay))

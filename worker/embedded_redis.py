@@ -52,6 +52,16 @@ def free_port() -> int:
         return port
 
 
+def usual_or_free_port() -> int:
+    """Redis's own port, where producers look first, or a free one if somebody has it."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 6379))
+        except OSError:
+            return free_port()
+        return 6379
+
+
 class EmbeddedRedis:
     """One server process on the loopback; ends with this object's `stop`."""
 
@@ -67,9 +77,14 @@ class EmbeddedRedis:
         return f"redis://127.0.0.1:{self.port}/0"
 
     @property
-    def pid(self) -> int | None:
-        """Its process, if it was started."""
-        return self._process.pid if self._process else None
+    def running(self) -> bool:
+        """Is its process there?"""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> Path:
+        """What the server prints."""
+        return self._folder / "redis.log"
 
     def start(self) -> None:
         """
@@ -81,12 +96,11 @@ class EmbeddedRedis:
             It ended, or does not answer; the message carries its last lines.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        log = self._folder / "redis.log"
         command = [
             str(find_server()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder),
             "--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction",
         ]  # fmt: skip
-        with log.open("ab") as output:
+        with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, start_new_session=self._own_session
             )
@@ -101,12 +115,12 @@ class EmbeddedRedis:
                 client.close()
                 return
         self.kill()
-        tail = log.read_text(errors="replace")[-500:]
+        tail = self.log.read_text(errors="replace")[-500:]
         raise RedisUnavailable(f"The embedded Redis did not start on port {self.port}. It said: {tail}")
 
     def kill(self, how: int = signal.SIGKILL) -> None:
         """Send it a signal and wait for its end."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.running:
             self._process.send_signal(how)
             self._process.wait(_STOP_S)
 

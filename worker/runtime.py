@@ -122,29 +122,41 @@ def _shape(residency: Residency) -> tuple[object, ...]:
 
 
 class Heart(threading.Thread):
-    """Beats: a step every *interval_s*, until stopped. A step that fails is told and does not stop the heart."""
+    """
+    Beats: a step every *interval_s*, or at once when woken, until stopped.
+
+    A step that fails is told and does not stop the heart.
+    """
 
     def __init__(self, runtime: Runtime, *, interval_s: float = 0.2) -> None:
         super().__init__(name="runtime", daemon=True)
         self._runtime = runtime
         self._interval_s = interval_s
-        self._ending = threading.Event()
+        self._awake = threading.Event()
+        self._ending = False
+
+    def wake(self) -> None:
+        """Step now: something has changed."""
+        self._awake.set()
 
     def run(self) -> None:
         """Step until `end` is called."""
         last: Turn | None = None
-        while not self._ending.wait(self._interval_s):
+        while not self._ending:
+            self._awake.clear()
             try:
                 turn = self._runtime.step()
             except Exception as error:  # noqa: BLE001 - Redis away, a driver gone: the next beat tries again
                 logger.warning("runtime.step_failed", error=f"{type(error).__name__}: {error}")
-                continue
-            if last is None or turn.model_id != last.model_id:
-                logger.info("scheduling.turn", model_id=turn.model_id, reason=turn.reason)
-            last = turn
+            else:
+                if last is None or turn.model_id != last.model_id:
+                    logger.info("scheduling.turn", model_id=turn.model_id, reason=turn.reason)
+                last = turn
+            self._awake.wait(self._interval_s)
 
     def end(self) -> None:
         """Stop after the step under way."""
-        self._ending.set()
+        self._ending = True
+        self._awake.set()
         if self.is_alive():
             self.join()

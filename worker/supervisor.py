@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -127,8 +126,3 @@ class _Running:
             logger.warning("supervisor.killed", program=self._program.name, after_s=self._program.stop_s)
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-
-
-def shiftworker(*arguments: str) -> list[str]:
-    """The command line of one of our own programs, in this Python."""
-    return [sys.executable, "-m", "worker", *arguments]

@@ -5,6 +5,7 @@ Builds the processes from the settings: the one place that picks products.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 import uuid
@@ -92,7 +93,9 @@ def survey(settings: Settings) -> Survey:
     catalogue = load_catalogue(settings.models.file, base_dir=settings.models.dir)
     model = _asked_model(settings, catalogue)
     if settings.worker.stub_engine:
-        catalogue = Catalogue(models=tuple(replace(spec, engine=EngineKind.STUB, path=None, repo=None) for spec in catalogue))
+        catalogue = Catalogue(
+            models=tuple(replace(spec, engine=EngineKind.STUB, path=None, repo=None) for spec in catalogue)
+        )
     catalogue, missing = read_all_facts(catalogue)
     engines = _engines_here(settings)
     choice = choose_models(
@@ -140,8 +143,20 @@ def _overrides(settings: Settings, model: str | ModelSpec | None) -> Overrides:
         gpu_memory_utilization=settings.vllm.gpu_memory_utilization,
         tensor_parallel_size=settings.vllm.tensor_parallel_size,
         llamacpp_parallel=settings.llamacpp.parallel,
-        n_gpu_layers=settings.llamacpp.n_gpu_layers,
+        n_gpu_layers=_gpu_layers(settings),
     )
+
+
+def _gpu_layers(settings: Settings) -> int | None:
+    """The operator's number of layers, or none on the card for xllamacpp: its build on PyPI knows no card."""
+    asked = settings.llamacpp.n_gpu_layers
+    if asked is not None:
+        return asked
+    try:
+        program = Path(find_server(settings.llamacpp)[0])
+    except EngineMissing:
+        return None
+    return 0 if program == Path(sys.executable) else None
 
 
 # --- The router process -----------------------------------------------------------------------------------
@@ -256,7 +271,7 @@ class _Worker:
             )
         )
         add_generate_task(self._app, runner, store)
-        add_switch_task(self._app, self._switcher, self._world.publish_now)
+        add_switch_task(self._app, self._switcher, self._stage_changed)
         self._process = ConsumerProcess(
             app=self._app,
             name=process_name("worker", settings),
@@ -283,6 +298,10 @@ class _Worker:
 
     def _leave(self) -> None:
         self._world.stopping = True
+
+    def _stage_changed(self) -> None:
+        self._heart.wake()
+        self._world.publish_now()
 
     def _send_switch(self, model_id: str, epoch: int, reason: str) -> None:
         self._app.send_task(

@@ -1,0 +1,1 @@
+"""What does Shiftworker do? Shown on any machine, with real jobs."""

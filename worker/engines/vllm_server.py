@@ -55,7 +55,8 @@ def command(placement: Placement, *, python: Path, model: Path | str, socket: Pa
     line = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
     line += ["--model", str(model), "--served-model-name", placement.model_id]
     line += ["--max-model-len", str(placement.max_model_len), "--max-num-seqs", str(placement.max_num_seqs)]
-    line += ["--kv-cache-memory-bytes", str(placement.kv_cache_bytes)]
+    if placement.kv_cache_bytes:  # 0 = a forced placement, nobody could say: vLLM takes what its share leaves
+        line += ["--kv-cache-memory-bytes", str(placement.kv_cache_bytes)]
     line += ["--tensor-parallel-size", str(placement.tensor_parallel_size)]
     line += ["--disable-uvicorn-access-log", "--disable-log-stats"]  # a log that grows with every request
     if not placement.gpus:

@@ -119,6 +119,7 @@ class JobRunner:
         try:
             # (4) Its model, ready for as long as it runs.
             with self._board.enter(route.model):
+                self._check_engine(route.model)
                 # (5) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
                 if attempt is None:
@@ -137,6 +138,12 @@ class JobRunner:
             return self._end(job_id, ledger, error)
         return self._answered(job_id, ledger, completion)
 
+    def _check_engine(self, model_id: str) -> None:
+        """Raise EngineNotReady if the engine has died and the board does not know yet: that is no attempt."""
+        engine = self._engines[self._placements[model_id].spec.engine]
+        if engine.state(model_id) is not EngineState.READY:
+            raise EngineNotReady(f"The engine of {model_id} has just ended; the job waits for the next one.")
+
     def _generate(self, job_id: str, request: JobRequest, route: Route, now: datetime, stop: StopSignal) -> Completion:
         placement = self._placements[route.model]
         timeout_s = self._limits.timeout_s
@@ -144,8 +151,6 @@ class JobRunner:
             timeout_s = min(timeout_s, (request.deadline - now).total_seconds())
         call = Call(path=request.kind, body=request.engine_body(route.model), timeout_s=timeout_s)
         engine = self._engines[placement.spec.engine]
-        if engine.state(route.model) is not EngineState.READY:  # died, and the board does not know yet
-            raise EngineNotReady(f"The engine of {route.model} has just ended; the job waits for the next one.")
         self._running[job_id] = (route.model, stop)
         try:
             return engine.generate(route.model, call, stop)

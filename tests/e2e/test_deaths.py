@@ -1,0 +1,178 @@
+"""
+What dies and comes back: no job is lost, each has one outcome, and nothing of an engine is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from common import keys
+from common.redis_client import connect
+from common.schemas import JobState
+from tests.e2e.conftest import LEASE_S, Box
+from tests.waiting import eventually
+
+ENGINE_PROGRAM = "llamacpp_main.py"
+
+
+def engines_of(box: Box) -> list[psutil.Process]:
+    """The engine programs below the worker; their guards not counted."""
+    try:
+        below = psutil.Process(box.worker.container.process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [p for p in below if _is_engine(p)]
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return False
+    return any(part.endswith(ENGINE_PROGRAM) for part in command) and not any("guard" in part for part in command)
+
+
+def start_long_jobs(box: Box, count: int, **fields: Any) -> list[Any]:
+    """Send *count* jobs that take a while, and wait until at least one runs."""
+    sent = [box.send(f"Long job {n}", model="large", max_tokens=400, **fields) for n in range(count)]
+    eventually(lambda: any(box.client.status(job.id).state is JobState.RUNNING for job in sent), within_s=30)
+    return sent
+
+
+def test_a_killed_engine_costs_an_attempt_and_no_job(box: Box) -> None:
+    """Kill -9 of the engine in mid-job: it is started again and the jobs are answered, at the second attempt."""
+    sent = start_long_jobs(box, 6)
+    [engine] = engines_of(box)
+    engine.kill()
+
+    results = [job.get(timeout=90) for job in sent]
+    assert all(r["choices"][0]["message"]["content"] for r in results)
+    assert max(r["ledger"]["attempt"] for r in results) == 2
+    assert [e["model_id"] for e in box.events("residency.engine_died")] == ["large"]
+
+
+def test_a_killed_worker_leaves_no_engine_and_its_jobs_run_elsewhere(box: Box) -> None:
+    """Kill -9 of the worker: its engines end with it; the next worker takes its jobs back within two leases."""
+    sent = start_long_jobs(box, 6)
+    engines = engines_of(box)
+    assert engines
+    box.worker.kill()
+    eventually(lambda: not any(p.is_running() for p in engines), within_s=5, what="the engine is gone")
+
+    killed_at = time.monotonic()
+    box.worker.container.start()
+    results = [job.get(timeout=90) for job in sent]
+    assert all(r["choices"] for r in results)
+    taken_back = list(box.events("delivery.taken_back")) + [
+        line for line in box.router.logs().splitlines() if "delivery.taken_back" in line
+    ]
+    assert taken_back
+    assert time.monotonic() - killed_at < 90
+
+
+def test_a_killed_redis_comes_back_with_its_jobs(box: Box) -> None:
+    """Kill -9 of Redis with an append-only file, in mid-job: running and waiting jobs are answered once each."""
+    sent = start_long_jobs(box, 10)
+    box.setup.broker.kill()
+    box.setup.broker.restart()
+    assert all(job.get(timeout=120)["choices"] for job in sent)
+    assert box.worker.container.status == "running"
+
+
+def test_a_killed_router_costs_nothing(box: Box) -> None:
+    """Kill -9 of the router under a burst: what it held comes back, what it sent twice runs once."""
+    sent = [box.send(f"Job {n}", task_type="simple_extraction") for n in range(60)]
+    box.router.kill()
+    box.router.container.start()
+    results = [job.get(timeout=90) for job in sent]
+    assert all(r["choices"] for r in results)
+
+
+def test_sigterm_hands_back_what_does_not_end_in_time(box: Box) -> None:
+    """A worker that is told to stop ends its jobs or gives them back, stops its engine, and says goodbye."""
+    sent = start_long_jobs(box, 4)
+    sent += [box.send("Waiting", model="large") for _ in range(8)]
+    engines = engines_of(box)
+    redis = connect(box.url)
+    box.worker.kill("SIGTERM")
+
+    assert box.worker.container.process.returncode == 0, box.worker.logs()[-2000:]
+    assert not any(p.is_running() for p in engines)
+    assert redis.get(keys.status("box")) is None
+    assert redis.hlen(keys.UNACKED) == 0
+    box.worker.container.start()
+    assert all(job.get(timeout=90)["choices"] for job in sent)
+
+
+@pytest.fixture
+def node_env(node_env: dict[str, str]) -> dict[str, str]:
+    """Short waits: what is tested here is that they end."""
+    return {**node_env, "WORKER_SOFT_SHUTDOWN_S": "2", "SWITCH_MIN_TURN_S": "1", "JOB_MAX_ATTEMPTS": "20"}
+
+
+@pytest.mark.timeout(600)
+def test_twenty_kills_under_a_backlog_lose_nothing(box: Box) -> None:
+    """
+    Twenty kills of the engine, the worker and Redis, at random moments under a backlog for two models.
+
+    Every accepted job has exactly one outcome and it is an answer; no engine process is left.
+    """
+    dice = random.Random(20261121)
+    ours = engines_of(box)
+    others = {p.pid for p in psutil.process_iter() if _is_engine(p) and p not in ours}
+    sent: list[Any] = []
+
+    def feed(count: int) -> None:
+        for _ in range(count):
+            difficulty = dice.choice(["simple_extraction", "edge_case_handling"])
+            sent.append(box.send(f"Job {len(sent)}", task_type=difficulty, max_tokens=dice.randint(10, 80)))
+
+    kills = ["engine"] * 8 + ["worker"] * 7 + ["redis"] * 5
+    dice.shuffle(kills)
+    for kill in kills:
+        feed(12)
+        done_before = len(finished(box, sent))
+        # Some jobs must end between two kills, so that each kill meets the system at work.
+        eventually(lambda seen=done_before: len(finished(box, sent)) > seen, within_s=120, what="a job ends")
+        if kill == "engine":
+            for engine in engines_of(box):
+                _end(engine)
+        elif kill == "worker":
+            box.worker.kill()
+            box.worker.container.start()
+        else:
+            box.setup.broker.kill()
+            box.setup.broker.restart()
+
+    eventually(lambda: len(finished(box, sent)) == len(sent), within_s=180, what="every job has its outcome")
+    outcomes = [box.client.result(job.id) for job in sent]
+    assert [o.state for o in outcomes if o] == [JobState.ANSWERED] * len(sent)
+    assert all(job.get(timeout=30)["choices"] for job in sent)
+    redis = connect(box.url)
+    eventually(lambda: redis.hlen(keys.UNACKED) == 0, within_s=4 * LEASE_S, what="nothing is left in flight")
+    assert sum(redis.llen(keys.model_queue(m) + step) for m in ("small", "large") for step in ("", "\x06\x163")) == 0
+
+    box.worker.kill("SIGTERM")
+    assert {p.pid for p in psutil.process_iter() if _is_engine(p)} <= others, "an engine is left"
+
+
+def finished(box: Box, sent: list[Any]) -> list[str]:
+    """The ids that have an outcome."""
+    redis = connect(box.url)
+    found = redis.mget([keys.outcome(job.id) for job in sent])
+    redis.close()
+    return [job.id for job, outcome in zip(sent, found, strict=True) if outcome]
+
+
+def _end(process: psutil.Process) -> None:
+    try:
+        os.kill(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
