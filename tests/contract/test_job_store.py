@@ -1,0 +1,232 @@
+"""
+What every JobStore promises: one outcome, counted attempts, no copy beside a job in flight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from common import keys
+from common.errors import AttemptsExhausted, JobCancelled
+from common.job_store import JobStore, MemoryJobStore
+from common.redis_client import RedisClient
+from common.redis_job_store import RedisJobStore
+from common.schemas import ErrorBody, JobState, JobView, Ledger, Outcome, Route, utc_now
+
+TTL_S = 100.0
+ROUTE = Route(model="small", complexity=0.25, why="simple enough")
+THREADS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One implementation, and how its deliveries come and go."""
+
+    store: JobStore
+    fly: Callable[[str], object]  # a message with this tag is being worked on
+    land: Callable[[str], object]  # it is acknowledged, or given back
+
+
+@pytest.fixture(params=["memory", "redis"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each store; for Redis, kombu's own hash says what is in flight."""
+    if request.param == "memory":
+        tags: set[str] = set()
+        return Kind(store=MemoryJobStore(tags.__contains__), fly=tags.add, land=tags.discard)
+    client: RedisClient = request.getfixturevalue("redis_client")
+    return Kind(
+        store=RedisJobStore(client, ttl_s=TTL_S),
+        fly=lambda tag: client.hset(keys.UNACKED, tag, "[]"),
+        land=lambda tag: client.hdel(keys.UNACKED, tag),
+    )
+
+
+@pytest.fixture
+def store(kind: Kind) -> JobStore:
+    """The store alone."""
+    return kind.store
+
+
+def answered(text: str = "Hi", *, job_id: str = "1") -> Outcome:
+    response = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+    return Outcome(job_id=job_id, state=JobState.ANSWERED, response=response, ledger=Ledger(model="small", attempt=2))
+
+
+CANCELLED = Outcome(job_id="1", state=JobState.CANCELLED, error=ErrorBody.of(JobCancelled("Job 1 was cancelled.")))
+SET_ASIDE = Outcome(job_id="1", state=JobState.FAILED, error=ErrorBody.of(AttemptsExhausted("Five times.")))
+
+
+@pytest.mark.parametrize("outcome", [answered(), CANCELLED, SET_ASIDE], ids=lambda outcome: outcome.state)
+def test_an_outcome_is_kept_as_it_is(store: JobStore, outcome: Outcome) -> None:
+    """Answers, errors and ledgers come back equal."""
+    assert store.outcome("1") is None
+    assert store.finish(outcome) == outcome
+    assert store.outcome("1") == outcome
+    assert store.view("1").state is outcome.state
+
+
+def test_the_first_outcome_is_kept(store: JobStore) -> None:
+    """Whoever comes later gets it, and stores nothing."""
+    store.finish(answered("first"))
+
+    for later in (answered("second"), CANCELLED, SET_ASIDE):
+        assert store.finish(later) == answered("first")
+    assert store.outcome("1") == answered("first")
+    assert store.outcome("2") is None
+
+
+def test_of_many_at_once_one_is_first(store: JobStore) -> None:
+    """Twenty threads with twenty answers all get the same one."""
+    start = threading.Barrier(THREADS, timeout=20)
+
+    def finish(number: int) -> Outcome:
+        start.wait()
+        return store.finish(answered(f"answer {number}"))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        kept = list(pool.map(finish, range(THREADS)))
+    assert len({outcome.answer for outcome in kept}) == 1
+    assert store.outcome("1") == kept[0]
+
+
+def test_a_job_is_seen_on_its_way(store: JobStore) -> None:
+    """Unknown, queued, routed, running, back in its queue, running again."""
+    assert store.view("1") == JobView(job_id="1", state=JobState.UNKNOWN)
+
+    before = utc_now()
+    store.note_queued("1")
+    queued = store.view("1")
+    assert queued.state is JobState.QUEUED
+    assert queued.queued_at is not None
+    assert abs((queued.queued_at - before).total_seconds()) < 5
+
+    store.note_routed("1", ROUTE)
+    routed = store.view("1")
+    assert routed == JobView(
+        job_id="1", state=JobState.ROUTED, model="small", complexity=0.25, why="simple enough",
+        queued_at=queued.queued_at,
+    )  # fmt: skip
+
+    store.begin("1", delivery="tag")
+    assert store.view("1") == routed.model_copy(update={"state": JobState.RUNNING, "attempts": 1})
+    store.note_handed_back("1")
+    assert store.view("1") == routed.model_copy(update={"attempts": 1})
+
+
+def test_the_first_time_it_was_queued_counts(store: JobStore) -> None:
+    """A second delivery to the router changes neither the moment nor the state."""
+    store.note_queued("1")
+    store.note_routed("1", ROUTE)
+    before = store.view("1")
+    store.note_queued("1")
+
+    assert store.view("1") == before
+
+
+def test_the_end_of_a_job_is_final(store: JobStore) -> None:
+    """Cancelled while the router or a worker had it in hand: whatever they note afterwards, it is cancelled."""
+    store.finish(CANCELLED)
+    for note in (
+        lambda: store.note_queued("1"),
+        lambda: store.note_routed("1", ROUTE),
+        lambda: store.begin("1", delivery="tag"),
+        lambda: store.note_handed_back("1"),
+        lambda: store.finish(answered()),
+    ):
+        note()
+        assert store.view("1").state is JobState.CANCELLED
+
+
+def test_attempts_are_counted(kind: Kind) -> None:
+    """The same message again is the next attempt; so is another, once the first has landed."""
+    kind.fly("tag")
+    assert [kind.store.begin("1", delivery="tag") for _ in range(3)] == [1, 2, 3]
+    kind.land("tag")
+
+    kind.fly("other")
+    assert kind.store.begin("1", delivery="other") == 4
+    assert kind.store.view("1").attempts == 4
+    assert kind.store.begin("2", delivery="third") == 1
+
+
+def test_a_copy_of_a_job_in_flight_is_no_attempt(kind: Kind) -> None:
+    """It may be dropped: the message in flight brings the outcome."""
+    kind.fly("tag")
+    kind.fly("copy")
+    kind.store.begin("1", delivery="tag")
+
+    assert kind.store.begin("1", delivery="copy") is None
+    assert kind.store.view("1").attempts == 1
+    assert kind.store.begin("1", delivery="tag") == 2  # the claim is still the first one's
+
+
+def test_of_many_copies_at_once_one_begins(kind: Kind) -> None:
+    """Twenty messages with one job, all in flight."""
+    start = threading.Barrier(THREADS, timeout=20)
+    for number in range(THREADS):
+        kind.fly(f"tag {number}")
+
+    def begin(number: int) -> int | None:
+        start.wait()
+        return kind.store.begin("1", delivery=f"tag {number}")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        begun = list(pool.map(begin, range(THREADS)))
+    assert sorted(begun, key=str) == [1, *[None] * (THREADS - 1)]
+
+
+def test_faults_are_counted_by_job(store: JobStore) -> None:
+    """And are no attempts."""
+    assert [store.note_fault("1"), store.note_fault("1"), store.note_fault("2")] == [1, 2, 1]
+    assert store.view("1").attempts == 0
+
+
+def test_who_should_stop(store: JobStore) -> None:
+    """Of those that are asked about, also jobs that nobody has seen yet; asking twice changes nothing."""
+    for job_id in ("1", "1", "3"):
+        store.ask_cancel(job_id)
+
+    assert store.asked_to_cancel([]) == frozenset()
+    assert store.asked_to_cancel(["1", "2"]) == {"1"}
+    assert store.asked_to_cancel(iter(["3", "1"])) == {"1", "3"}
+
+
+def test_everything_in_redis_is_forgotten_in_time(redis_client: RedisClient) -> None:
+    """Whichever note comes first: no key without a lifetime, and each change begins it anew."""
+    store = RedisJobStore(redis_client, ttl_s=TTL_S)
+    for note in (
+        lambda: store.note_queued("1"),
+        lambda: store.note_routed("1", ROUTE),
+        lambda: store.begin("1", delivery="tag"),
+        lambda: store.note_handed_back("1"),
+        lambda: store.note_fault("1"),
+        lambda: store.ask_cancel("1"),
+        lambda: store.finish(answered()),
+    ):
+        for key in redis_client.scan_iter("*"):
+            redis_client.expire(key, 10)
+        before = {key: redis_client.ttl(key) for key in redis_client.scan_iter("*")}
+        note()
+        after = {key: redis_client.ttl(key) for key in redis_client.scan_iter("*")}
+        assert all(0 < ttl <= TTL_S for ttl in after.values())
+        assert any(ttl > before.get(key, 0) for key, ttl in after.items())
+
+        redis_client.flushall()
+        note()
+        assert all(0 < redis_client.ttl(key) <= TTL_S for key in redis_client.scan_iter("*"))
+
+
+def test_two_clients_of_one_redis_share_what_they_know(redis_client: RedisClient) -> None:
+    """The router writes, the worker reads."""
+    router, worker = (RedisJobStore(redis_client, ttl_s=TTL_S) for _ in range(2))
+    router.note_queued("1")
+    router.note_routed("1", ROUTE)
+    worker.finish(answered())
+
+    assert router.outcome("1") == answered()
+    assert (router.view("1").state, router.view("1").model) == (JobState.ANSWERED, "small")

@@ -1,0 +1,167 @@
+"""
+The pool whose jobs can be told to stop, and whose switch lane is never full.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery.worker import state
+
+from common import keys
+from tests.waiting import eventually
+from worker.delivery.pool import Handle, TaskPool, running, signal_of
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def pool() -> Iterator[TaskPool]:
+    """A pool of two threads; at the end every job is told to stop."""
+    made = TaskPool(limit=2)
+    yield made
+    for signal in running().values():
+        signal.stop("handback")
+    made.on_stop()
+
+
+def start(pool: TaskPool, job_id: str, target: Callable[..., object], *args: object, **options: Any) -> Handle:
+    """As Celery starts a task: its name and id come first."""
+    handle = pool.apply_async(target, args=args, correlation_id=job_id, callback=lambda _result: None, **options)
+    assert isinstance(handle, Handle)
+    return handle
+
+
+def until_stopped(job_id: str) -> str | None:
+    """A job that runs until it is told to stop, and says why."""
+    signal = signal_of(job_id)
+    assert signal.wait(WAIT_S)
+    return signal.reason
+
+
+def reason_of(pool: TaskPool, job_id: str, stop: Callable[[Handle], object], **options: Any) -> str | None:
+    """Start a job, do *stop* once a thread has taken it up, and give the reason that the job saw."""
+    taken_up = threading.Event()
+    seen: list[str | None] = []
+
+    def job() -> None:
+        taken_up.set()
+        seen.append(until_stopped(job_id))
+
+    handle = start(pool, job_id, job, **options)
+    assert taken_up.wait(WAIT_S)
+    stop(handle)
+    handle.wait(WAIT_S)
+    (reason,) = seen
+    return reason
+
+
+def test_a_revoked_job_is_cancelled(pool: TaskPool) -> None:
+    """`revoke(terminate=True)` reaches the job through its handle."""
+    assert reason_of(pool, "job", Handle.terminate) == "cancelled"
+
+
+@pytest.mark.parametrize("flag", ["should_stop", "should_terminate"])
+def test_a_job_is_handed_back_when_the_worker_leaves(
+    pool: TaskPool, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    """Celery ends what is left in the same way; then it is nobody's wish that the job ends."""
+    monkeypatch.setattr(state, flag, 0)
+
+    assert reason_of(pool, "job", Handle.terminate) == "handback"
+
+
+@pytest.mark.parametrize("limits", [{"timeout": 0.01}, {"soft_timeout": 0.01, "timeout": 60}])
+def test_a_time_limit_stops_the_job(pool: TaskPool, limits: dict[str, float]) -> None:
+    """The soft one if there is one, for a thread knows no other."""
+    assert reason_of(pool, "job", lambda _handle: None, **limits) == "deadline"
+
+
+def test_the_first_reason_stays(pool: TaskPool) -> None:
+    """A job that was cancelled is cancelled, also if its time runs out while it stops."""
+
+    def twice(handle: Handle) -> None:
+        handle.terminate()
+        signal_of("job").stop("deadline")
+
+    assert reason_of(pool, "job", twice) == "cancelled"
+
+
+def test_a_job_stopped_before_a_thread_took_it_up_sees_that(pool: TaskPool) -> None:
+    """Two run, the third waits; its signal is there already."""
+    for job_id in ("1", "2"):
+        start(pool, job_id, until_stopped, job_id)
+    seen: list[str | None] = []
+    third = start(pool, "3", lambda: seen.append(signal_of("3").reason))
+    third.terminate()
+    assert set(running()) == {"1", "2", "3"}
+
+    running()["1"].stop("cancelled")
+    third.wait(WAIT_S)
+    assert seen == ["cancelled"]
+
+
+def test_a_switch_runs_while_every_thread_is_taken(pool: TaskPool) -> None:
+    """Its lane is its own; one switch at a time."""
+    for job_id in ("1", "2", "3"):
+        start(pool, job_id, until_stopped, job_id)
+    began, go = threading.Event(), threading.Event()
+
+    def switch(_name: str) -> None:
+        began.set()
+        assert go.wait(WAIT_S)
+
+    first = start(pool, "switch 1", switch, keys.SWITCH_TASK)
+    assert began.wait(WAIT_S)
+    ended: list[str] = []
+    second = start(pool, "switch 2", ended.append, keys.SWITCH_TASK)
+    assert ended == []
+    go.set()
+    for handle in (first, second):
+        handle.wait(WAIT_S)
+    assert ended == [keys.SWITCH_TASK]
+    assert {"1", "2", "3"} <= set(running())  # nobody had to make room
+
+
+def test_a_job_that_has_ended_is_forgotten(pool: TaskPool) -> None:
+    """Also when it failed; whoever asks for its signal gets a fresh one."""
+    start(pool, "fine", str).wait(WAIT_S)
+    failed = start(pool, "failed", int, "no number")
+    failed.wait(WAIT_S)
+
+    eventually(lambda: running() == {})
+    with pytest.raises(ValueError, match="no number"):
+        failed.get()
+
+
+def test_a_second_delivery_keeps_its_own_signal(pool: TaskPool) -> None:
+    """The first run of the same id ends later, and takes only its own away."""
+    old_began, new_began, old_may_end = threading.Event(), threading.Event(), threading.Event()
+
+    def old() -> None:
+        old_began.set()
+        assert old_may_end.wait(WAIT_S)
+
+    def new() -> str | None:
+        signal = signal_of("job")
+        new_began.set()
+        signal.wait(WAIT_S)
+        return signal.reason
+
+    first = start(pool, "job", old)
+    assert old_began.wait(WAIT_S)
+    second = start(pool, "job", new)
+    assert new_began.wait(WAIT_S)
+    old_may_end.set()
+    first.wait(WAIT_S)
+
+    assert running() == {"job": second.signal}
+
+
+def test_outside_the_pool_nobody_is_told_to_stop() -> None:
+    """Tests and eager mode get a signal that stays quiet."""
+    assert signal_of("unknown").reason is None
+    assert signal_of("unknown") is not signal_of("unknown")
