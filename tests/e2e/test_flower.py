@@ -41,7 +41,8 @@ def answers(client: httpx.Client) -> bool:
 
 def test_flower_shows_the_switch_the_queues_and_the_hardware(box: Box, flower: httpx.Client) -> None:
     """A job for the other model brings about a switch; Flower has its result, and a job's prompt is not shown."""
-    box.client.wait(box.client.submit({"model": "large", "messages": [{"role": "user", "content": "my secret"}]}), 60)
+    body = {"model": "large", "messages": [{"role": "user", "content": "my secret"}], "max_tokens": 8}
+    box.client.wait(box.client.submit(body), timeout=60)
 
     def switched() -> list[dict[str, object]]:
         tasks = flower.get("/api/tasks", params={"taskname": "shiftworker.switch"}).json()
@@ -54,5 +55,5 @@ def test_flower_shows_the_switch_the_queues_and_the_hardware(box: Box, flower: h
     assert "my secret" not in str(generated)
     queues = {queue["name"] for queue in flower.get("/api/queues/length").json()["active_queues"]}
     assert {"shiftworker", "model.small", "model.large"} <= queues
-    about = flower.get("/api/workers").json()["worker@box"]["stats"]["shiftworker"]
+    about = flower.get("/api/workers", params={"refresh": "1"}).json()["worker@box"]["stats"]["shiftworker"]
     assert [resident["model"] for resident in about["residents"]] == ["large"]

@@ -179,7 +179,7 @@ def test_a_lost_connection_keeps_the_messages_of_running_jobs(redis_url: str, re
 
 
 def test_closing_over_a_dead_socket_does_not_raise(redis_url: str) -> None:
-    """kombu 5.7.0 ends the worker here; ours closes."""
+    """Kombu 5.7.0 ends the worker here; ours closes."""
     conn = connection(redis_url)
     inbox = Inbox(conn)
     with pytest.raises(TimeoutError):

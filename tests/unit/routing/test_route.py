@@ -237,7 +237,7 @@ FLEETS = st.lists(
 )
 JOBS = st.builds(
     job,
-    st.text(st.characters(), max_size=200),
+    st.text(st.characters(codec="utf-8"), max_size=200),
     model=st.sampled_from(["auto", "a", "A", "any", "nobody"]),
     tools=st.sampled_from([[], [TOOL]]),
     max_tokens=st.none() | st.integers(1, 100),
