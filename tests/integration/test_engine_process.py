@@ -18,7 +18,7 @@ from common.errors import BadSetting, LoadFailed
 from tests.waiting import eventually
 from worker.engines.process import EngineProcess, Launch
 
-FAKES = Path(__file__).parents[2] / "fakes"
+FAKES = Path(__file__).parents[1] / "fakes"
 REPOSITORY = FAKES.parents[1]
 ORPHAN_GONE_S = 2.0  # the promise: the guard's grace of 1 s, and as much again for a busy machine
 

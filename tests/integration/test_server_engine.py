@@ -23,7 +23,7 @@ from worker.engines.process import MARKER, Launch
 from worker.engines.server_engine import ServerEngine
 from worker.selection.placement import Placement
 
-FAKE = Path(__file__).parents[2] / "fakes" / "fake_engine.py"
+FAKE = Path(__file__).parents[1] / "fakes" / "fake_engine.py"
 
 
 class FakeEngine(ServerEngine):
