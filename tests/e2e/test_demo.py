@@ -12,6 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from tests.fakes.hub import Hub
+from worker.demo.tiny_models import make_tiny_gguf
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,6 +35,27 @@ def test_the_demo_answers_every_job_and_leaves_nothing_running(tmp_path: Path) -
     assert "Flower http://127.0.0.1:" in done.stdout
     left = [p for p in psutil.process_iter() if str(tmp_path) in _command(p)]
     assert not left
+
+
+def test_where_the_hub_answers_the_demo_fetches_real_models(tmp_path: Path) -> None:
+    """It says which and how large, asks nothing, and the second time fetches nothing. (The files here are tiny.)"""
+    small = make_tiny_gguf(tmp_path / "s.gguf", hidden=64, layers=24, context=4096).read_bytes()
+    large = make_tiny_gguf(tmp_path / "l.gguf", hidden=64, layers=28, context=4096).read_bytes()
+    repository = "/Qwen/Qwen2.5-{0}-Instruct-GGUF/resolve/main/qwen2.5-{1}-instruct-q4_k_m.gguf"
+    files = {"/": b"", repository.format("0.5B", "0.5b"): small, repository.format("1.5B", "1.5b"): large}
+    jobs = tmp_path / "jobs.jsonl"
+    body = '{"body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "model": "%s"}}\n'
+    jobs.write_text(body % "qwen2.5-0.5b" + body % "qwen2.5-1.5b")
+    with Hub(files) as hub:
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "COLUMNS": "170"}
+        env.pop("HF_HUB_OFFLINE", None)
+        command = [sys.executable, "-m", "worker", "demo", "--data", str(tmp_path / "demo"), "--jobs", str(jobs)]
+        for _ in range(2):
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "Real models from the hub: Qwen/Qwen2.5-0.5B-Instruct-GGUF/" in done.stdout
+            assert "(491 MB)" in done.stdout
+    assert sum(line.startswith("GET /Qwen") for line in hub.asked) == 2
 
 
 def test_the_demo_says_which_jobs_have_no_answer(tmp_path: Path) -> None:

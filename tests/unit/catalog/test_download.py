@@ -5,9 +5,7 @@ Fetching from a hub: a small real one on the loopback, so that the hub's own cli
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +14,7 @@ from huggingface_hub import constants
 
 from common.errors import ModelMissing
 from tests.factories import make_spec
+from tests.fakes.hub import Hub
 from worker.catalog.download import fetch_gguf, resolve_files, shard_names, weights_bytes
 from worker.catalog.local import spec_from_path
 from worker.catalog.spec import EngineKind
@@ -47,61 +46,18 @@ ERRORS = {
 }
 
 
-class Hub(ThreadingHTTPServer):
-    """A hub with a few files; remembers what it was asked."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.asked: list[str] = []
-
-
-class Answer(BaseHTTPRequestHandler):
-    """Answers as the hub does: an etag and a commit for a file, an error code in a header otherwise."""
-
-    def do_HEAD(self) -> None:
-        """Say what is known of a file."""
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        """Give a file, or an error with the hub's code for it."""
-        assert isinstance(self.server, Hub)
-        path = self.path.partition("?")[0]
-        self.server.asked.append(f"{self.command} {path}")
-        body = FILES.get(path)
-        if body is None:
-            status, code = next((e for prefix, e in ERRORS.items() if path.startswith(prefix)), (404, "EntryNotFound"))
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            body = b""
-        else:
-            self.send_response(200)
-            self.send_header("ETag", f'"{len(body):040x}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Stay silent."""
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub of our own and an empty cache."""
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    server = Hub(FILES, ERRORS)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with server:
+        yield server
 
 
 def test_a_file_is_fetched_once(hub: Hub) -> None:

@@ -51,7 +51,13 @@ def test_a_wrong_body_is_refused_by_field(body: object, named: list[str]) -> Non
     assert "pydantic" not in caught.value.message
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters())
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters())
+)
 documents = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 bodies = st.fixed_dictionaries(
     {},
