@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from worker.state.backlog import Backlog
-from worker.state.residency import Residency
+from worker.state.residency import Level, Residency, Resident
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,16 @@ def pick_turn(
     2. Has a model with jobs just become ready?       Keep it for *min_turn_s*, lest an overload only switches.
     3. Has a job waited longer than *max_wait_s*?     The model of the one that waits longest.
     4. Are there jobs for a model that is ready?      Keep it: a switch costs seconds, its next job nothing.
-    5. Otherwise                                      The model of the job that waits longest.
+    5. Do jobs run that a switch would wait for?      Keep their model: what arrives meanwhile runs with them.
+    6. Otherwise                                      The model of the job that waits longest.
 
     A model in quarantine gets no turn. A job whose age is unknown counts as new; ties go by name.
     """
     possible = [model for model in sorted(models) if not residency.is_quarantined(model, now)]
     waiting = [model for model in possible if backlog.count(model)]
-    ready = [model for model in possible if residency.ready(model)]
+    ready = sorted(
+        (r for r in residency.residents if r.level is Level.READY and r.model_id in possible), key=lambda r: r.model_id
+    )
 
     def age(model: str) -> float:
         oldest_at = backlog.oldest_at(model)
@@ -52,19 +55,13 @@ def pick_turn(
 
     # (1) Nothing waits.
     if not waiting:
-        if ready:
-            return Turn(model_id=ready[0], reason="nothing waits; it stays ready")
-        if starting in possible:
-            return Turn(model_id=starting, reason="nothing waits; the model to start with")
-        return Turn(model_id=None, reason="nothing waits, and no model can be loaded")
+        return _idle_turn(ready, starting if starting in possible else None)
 
-    at_work = sorted((model for model in waiting if model in ready), key=lambda model: (-age(model), model))
+    at_work = sorted((r for r in ready if r.model_id in waiting), key=lambda r: (-age(r.model_id), r.model_id))
 
     # (2) A turn just begun.
-    for model in at_work:
-        resident = residency.resident(model)
-        if resident is not None and now - resident.since < min_turn_s:
-            return Turn(model_id=model, reason=f"its turn began {now - resident.since:.0f} s ago")
+    if fresh := next((r for r in at_work if now - r.since < min_turn_s), None):
+        return Turn(model_id=fresh.model_id, reason=f"its turn began {now - fresh.since:.0f} s ago")
 
     # (3) Over the bound.
     longest = min(waiting, key=lambda model: (-age(model), model))
@@ -73,7 +70,23 @@ def pick_turn(
 
     # (4) Collate.
     if at_work:
-        return Turn(model_id=at_work[0], reason=f"{backlog.count(at_work[0])} of its jobs wait and it is ready")
+        first = at_work[0].model_id
+        return Turn(model_id=first, reason=f"{backlog.count(first)} of its jobs wait and it is ready")
 
-    # (5) Switch.
+    # (5) Jobs that a switch would have to wait for.
+    full = len(residency.residents) >= residency.max_residents
+    if full and (busy := next((r for r in ready if r.in_flight), None)):
+        return Turn(
+            model_id=busy.model_id, reason=f"{busy.in_flight} of its jobs run, and a switch would wait for them"
+        )
+
+    # (6) Switch.
     return Turn(model_id=longest, reason=f"{backlog.count(longest)} of its jobs wait, none for what is ready")
+
+
+def _idle_turn(ready: Sequence[Resident], starting: str | None) -> Turn:
+    if ready:
+        return Turn(model_id=ready[0].model_id, reason="nothing waits; it stays ready")
+    if starting is not None:
+        return Turn(model_id=starting, reason="nothing waits; the model to start with")
+    return Turn(model_id=None, reason="nothing waits, and no model can be loaded")

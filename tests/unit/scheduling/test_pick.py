@@ -26,6 +26,7 @@ class Model:
     count: int = 0
     age: float | None = None  # of the job at the head, seconds
     standing: str = "absent"  # absent, ready, fresh (ready for 5 s only), starting, quarantined
+    in_flight: int = 0
 
     @property
     def ready(self) -> bool:
@@ -43,7 +44,7 @@ World = dict[str, Model]
 SINCE = {"ready": NOW - 100, "fresh": NOW - 5, "starting": NOW}
 
 
-def pick(world: World, *, starting: str | None = "a", order: tuple[str, ...] | None = None) -> Turn:
+def pick(world: World, *, starting: str | None = "a", order: tuple[str, ...] | None = None, places: int = 1) -> Turn:
     names = order or tuple(world)
     residents = tuple(
         Resident(
@@ -51,6 +52,7 @@ def pick(world: World, *, starting: str | None = "a", order: tuple[str, ...] | N
             level=Level.READY if world[name].ready else Level.STARTING,
             bytes=1,
             since=SINCE[world[name].standing],
+            in_flight=world[name].in_flight,
         )
         for name in names
         if world[name].standing in SINCE
@@ -58,7 +60,7 @@ def pick(world: World, *, starting: str | None = "a", order: tuple[str, ...] | N
     quarantine = Quarantine(until=NOW + 1, failures=1, reason="it does not load")
     residency = Residency(
         capacity=9,
-        max_residents=3,
+        max_residents=places,
         residents=residents,
         quarantined={name: quarantine for name in names if world[name].standing == "quarantined"},
     )
@@ -171,6 +173,14 @@ def test_the_order_of_models_and_residents_does_not_matter() -> None:
             Turn(model_id="a", reason="1 of its jobs wait, none for what is ready"),
         ),
         (
+            {"a": Model(count=3, age=100), "b": Model(standing="ready", in_flight=2)},
+            Turn(model_id="b", reason="2 of its jobs run, and a switch would wait for them"),
+        ),
+        (
+            {"a": Model(count=3, age=700), "b": Model(standing="ready", in_flight=2)},
+            Turn(model_id="a", reason="a job has waited 700 s, the bound is 600 s"),
+        ),
+        (
             {"a": Model(count=1), "b": Model(count=1, age=0)},  # an unknown age counts as new: a tie, by name
             Turn(model_id="a", reason="1 of its jobs wait, none for what is ready"),
         ),
@@ -179,6 +189,12 @@ def test_the_order_of_models_and_residents_does_not_matter() -> None:
 def test_whose_turn_and_why(world: World, turn: Turn) -> None:
     """One row for each question of the docstring."""
     assert pick(world) == turn
+
+
+def test_running_jobs_keep_nobody_from_a_free_place() -> None:
+    """Where a second model may stand beside the first, nothing has to be waited for."""
+    world = {"a": Model(count=3, age=100), "b": Model(standing="ready", in_flight=2)}
+    assert pick(world, places=2).model_id == "a"
 
 
 def test_a_quarantine_ends() -> None:
