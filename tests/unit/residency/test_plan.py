@@ -13,7 +13,7 @@ from worker.residency.plan import SwitchPlan, plan_switch
 from worker.state.residency import Level, Residency, Resident
 
 CAPACITY = 10
-SIZES = (1, 4, 7)
+SIZES = (2, 5, 7)  # two small ones free as much as a middle one takes
 
 
 def resident(model_id: str, size: int, in_flight: int = 0, level: Level = Level.READY) -> Resident:
@@ -125,6 +125,7 @@ def test_what_is_left_of_a_broken_load_goes_first(level: Level) -> None:
         ((("a", 4, 3),), 1, 4, ("a",), "new takes the place of a"),
         ((("a", 4, 3), ("b", 4, 0)), 3, 4, ("b",), "new takes the place of b"),  # 10 - 8 < 4; b has no jobs
         ((("a", 4, 1), ("b", 1, 0)), 3, 7, ("a",), "new takes the place of a"),  # only a's bytes are enough
+        ((("a", 5, 1), ("b", 2, 0), ("c", 2, 0)), 4, 5, ("b", "c"), "new takes the place of b, c"),  # two idle for one
         ((("a", 4, 0), ("b", 1, 0)), 2, 1, ("b",), "new takes the place of b"),  # a place is needed: fewest bytes
         ((("b", 4, 0), ("a", 4, 0)), 2, 1, ("a",), "new takes the place of a"),  # all equal: by name
         ((("a", 4, 0), ("b", 4, 0)), 2, 10, ("a", "b"), "new takes the place of a, b"),
