@@ -15,7 +15,7 @@ TORCH_CPU := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--index https://downl
 .PHONY: demo test check setup unit gpu-test clean
 
 demo: $(VENV)/.demo
-	@$(VENV)/bin/shiftworker demo
+	@$(VENV)/bin/shiftworker demo $(ARGS)
 
 test: setup
 	$(VENV)/bin/pytest $(ARGS)
