@@ -243,6 +243,7 @@ class _Worker:
             fetch=fetch_files,
             hand_back=runner.hand_back,
             record=history.add,
+            epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()
         self._world = WorkerWorld(

@@ -66,6 +66,7 @@ class Switcher:
         fetch: Callable[[ModelSpec], object],
         hand_back: Handback,
         record: Callable[[SwitchRecord], None],
+        epoch: int = 0,
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
         self._board = board
@@ -78,7 +79,7 @@ class Switcher:
         self._record = record
         self._pause = pause
         self._one_at_a_time = threading.Lock()
-        self._newest_epoch = 0
+        self._newest_epoch = epoch  # switches asked of an earlier start of this worker are stale
 
     def ask(self, model_id: str, epoch: int) -> None:
         """Note on the board that a switch to *model_id* was asked for; an older one will do nothing."""
