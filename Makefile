@@ -9,7 +9,7 @@ VLLM_VENV := .venv-vllm
 UV := $(VENV)/bin/uv
 
 # A machine with wheels of its own names them in pip's configuration; elsewhere PyTorch's CPU wheels come from its index.
-FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH_CPU := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 
 .PHONY: demo test check setup unit gpu-test clean
