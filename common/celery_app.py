@@ -21,7 +21,8 @@ def create_app(settings: Settings, *, owner: str = "nobody") -> Celery:
 
     *owner* names one start of one consuming process; its deliveries are leased under this name.
     """
-    app = Celery("shiftworker", broker=settings.redis.url, backend=settings.redis.url, set_as_current=False)
+    url = settings.redis.url
+    app = Celery("shiftworker", broker=url, backend=f"common.result_backend:ResultBackend+{url}", set_as_current=False)
     app.conf.update(delivery_settings(settings, owner=owner))
     return app
 

@@ -19,8 +19,9 @@ plain redis:// for Flower and everybody else.
 
 from __future__ import annotations
 
+import json
 from queue import Empty
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 from weakref import WeakSet
 
@@ -38,7 +39,7 @@ WAIT_S = 0.25  # seconds an idle consumer waits before it looks again: the delay
 _WAKE_LENGTH = 8  # entries kept; only the newest id matters
 
 # KEYS: the lists in the order to look, then unacked, unacked_index, unacked_owner, wake, malformed.
-# ARGV: now, owner, then per list "1" if its consumer acknowledges and "0" if not.
+# ARGV: owner, then per list "1" if its consumer acknowledges and "0" if not. The time is Redis's own.
 # Returns {list, message}, or {false, newest id of the wake stream}.
 # cjson only reads here: the message is stored as it came, since cjson would turn [] into {}.
 _POP = """
@@ -53,11 +54,11 @@ for i = 1, n do
     local tag = type(delivery) == 'table' and properties['delivery_tag']
     if type(tag) == 'string' and type(delivery['exchange']) == 'string'
        and type(delivery['routing_key']) == 'string' then
-      if ARGV[2+i] == '1' then
+      if ARGV[1+i] == '1' then
         redis.call('HSET', unacked, tag, '[' .. raw .. ',' .. cjson.encode(delivery['exchange'])
                                              .. ',' .. cjson.encode(delivery['routing_key']) .. ']')
-        redis.call('ZADD', index, ARGV[1], tag)
-        redis.call('HSET', owners, tag, ARGV[2])
+        redis.call('ZADD', index, redis.call('TIME')[1], tag)
+        redis.call('HSET', owners, tag, ARGV[1])
       end
       redis.call('RPOP', KEYS[i])
       return {KEYS[i], raw}
@@ -92,6 +93,15 @@ redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call(ARGV[5] == 'back' and 'LPUSH' or 'RPUSH', KEYS[5], ARGV[4])
 redis.call('XADD', KEYS[4], 'MAXLEN', '8', '*', 'q', '')
 return 1
+"""
+
+# KEYS: unacked, unacked_index, unacked_owner, malformed. ARGV: tag, the entry as it was popped.
+_SET_ASIDE = """
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call('LPUSH', KEYS[4], ARGV[2])
+redis.call('LTRIM', KEYS[4], 0, 999)
 """
 
 _DELIVERIES = (keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER)
@@ -204,7 +214,7 @@ class Channel(stock.Channel):
         acknowledged = ["0" if queue in self._no_ack_queues else "1" for _, queue in wanted]
         connection.send_command(
             "EVAL", _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
-            time(), self.owner, *acknowledged,
+            self.owner, *acknowledged,
         )  # fmt: skip
 
     def _brpop_read(self, **_options: Any) -> bool:
@@ -229,17 +239,39 @@ class Channel(stock.Channel):
                 raise Empty
             queue = bytes_to_str(name).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
-            self.connection._deliver(loads(bytes_to_str(item)), queue)
+            message = self._readable(item)
+            if message is None:
+                raise Empty
+            self.connection._deliver(message, queue)
             return True
         finally:
             self._in_poll = None
+
+    def _readable(self, item: Any) -> Any:
+        """
+        Give the popped entry as kombu delivers it; None if it was set aside because it cannot be one.
+
+        A body in an unknown encoding, headers that are a list: kombu would raise in the consumer's loop, the
+        worker would end, and the next one would get the same message.
+        """
+        raw = bytes_to_str(item)
+        try:
+            message = loads(raw)
+            self.Message(message, channel=self)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is no message
+            logger.warning("delivery.malformed", error=f"{type(error).__name__}: {error}")
+            tag = json.loads(raw)["properties"]["delivery_tag"]  # the pop has seen it
+            with self.conn_or_acquire() as client:
+                client.eval(_SET_ASIDE, 4, *_DELIVERIES, keys.MALFORMED, tag, raw)
+            return None
+        return message
 
     def _get(self, queue: str) -> Any:
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps]
         with self.conn_or_acquire() as client:
             name, item = client.eval(
                 _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
-                time(), self.owner, *("1" for _ in lists),
+                self.owner, *("1" for _ in lists),
             )  # fmt: skip
         if not name:
             raise Empty

@@ -5,8 +5,9 @@ Runs a Celery worker in this process, with our pool, our lanes and our shutdown.
 from __future__ import annotations
 
 import logging
-import os
+import signal
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 from celery import Celery, bootsteps, signals
@@ -15,13 +16,9 @@ from kombu import Queue
 
 from common.logs import get_logger
 from worker.delivery.lease import Lease
-from worker.delivery.pool import TaskPool
+from worker.delivery.pool import TaskPool, leaving
 
 logger = get_logger(__name__)
-
-# SIGTERM begins Celery's soft shutdown: running jobs get `worker_soft_shutdown_timeout`, then they are told
-# to stop and go back to their queue. Celery reads this when its worker module is first imported.
-os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")
 
 
 class ConsumerProcess:
@@ -35,7 +32,7 @@ class ConsumerProcess:
     own_queues
         Consumed from the start; a worker's model queues are added while it runs.
     on_leaving
-        Called once, from a signal handler, when the process was told to stop: must only set flags.
+        Called from a signal handler, as soon as the process is told to stop: must only set flags.
     """
 
     def __init__(
@@ -67,7 +64,7 @@ class ConsumerProcess:
         for queue in set(queues) - self._own_queues:
             queues.deselect(queue)
         signals.setup_logging.connect(_leave_logging_alone, weak=False)
-        signals.worker_shutting_down.connect(self._leaving, weak=False)
+        signals.worker_ready.connect(self._listen_for_the_end, weak=False)
         self._lease.start()
         worker = self._app.Worker(
             hostname=self._name,
@@ -83,8 +80,26 @@ class ConsumerProcess:
             self._lease.end()
         return int(worker.exitcode or 0)
 
-    def _leaving(self, **_: Any) -> None:
-        self._on_leaving()
+    def _listen_for_the_end(self, **_: Any) -> None:
+        """
+        Hear of a stop before Celery does.
+
+        Celery tells (worker_shutting_down) only after the soft shutdown's wait, when jobs were told to stop.
+        """
+        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+            celerys = signal.getsignal(number)
+            if callable(celerys):
+                signal.signal(number, self._leave_then(celerys))
+
+    def _leave_then(
+        self, celerys: Callable[[int, FrameType | None], object]
+    ) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            leaving.set()
+            self._on_leaving()
+            celerys(number, frame)
+
+        return handle
 
 
 def _leave_logging_alone(**_: Any) -> None:

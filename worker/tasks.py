@@ -7,12 +7,15 @@ Each stores the outcome of record first; what Celery keeps is a copy for `AsyncR
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import redis
 import structlog
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
 
 from common import keys
 from common.errors import EngineNotReady, InternalError, InvalidRequest, ShiftworkerError
@@ -27,6 +30,8 @@ from worker.scheduling.redis_queues import QUEUED_AT_HEADER
 
 logger = get_logger(__name__)
 
+REDIS_AWAY = (redis.RedisError, OperationalError, ConnectionError)
+_REDIS_AWAY_PAUSE_S = 1.0  # before the message goes back: no busy loop while Redis says no
 _NO_OFFERS_PAUSE_S = 0.5  # before a job that nobody can route yet goes back to its queue
 _SHOWN_CHARS = 60  # of a model's name in Flower
 
@@ -37,7 +42,7 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
     @app.task(bind=True, name=keys.SUBMIT_TASK, throws=(ShiftworkerError,))
     def submit(task: Task, *args: Any, **fields: Any) -> Any:
         job_id: str = task.request.id
-        with structlog.contextvars.bound_contextvars(job_id=job_id):
+        with structlog.contextvars.bound_contextvars(job_id=job_id), given_back_without_redis(job_id):
             ended = store.outcome(job_id)
             if ended is not None:
                 return settle(task, ended)
@@ -49,10 +54,14 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
                 raise Reject(requeue=True) from None
             except ShiftworkerError as error:
                 return settle(task, store.finish(outcome_of(error, job_id, _ledger(store, job_id))))
+            except REDIS_AWAY:
+                raise
             except Exception as error:
                 logger.exception("jobs.internal_error")
                 return settle(task, store.finish(_internal(error, job_id, _ledger(store, job_id))))
             logger.info("routing.routed", model_id=route.model, complexity=route.complexity, why=route.why)
+            # Should Redis go away between publishing and acknowledging, a second copy is published later; the first
+            # of the two that runs claims the job, the other one is dropped.
             raise task.replace(_generate_signature(app, request, route))
 
 
@@ -63,7 +72,8 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
     def generate(task: Task, request: dict[str, Any], route: dict[str, Any]) -> Any:
         job_id: str = task.request.id
         chosen = Route.model_validate(route)
-        with structlog.contextvars.bound_contextvars(job_id=job_id, model_id=chosen.model):
+        bound = structlog.contextvars.bound_contextvars(job_id=job_id, model_id=chosen.model)
+        with bound, given_back_without_redis(job_id):
             try:
                 outcome = runner.run(
                     job_id,
@@ -76,6 +86,8 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
                 raise Reject(requeue=True) from None
             except DuplicateDelivery:
                 raise Ignore from None
+            except REDIS_AWAY:
+                raise
             except Exception as error:
                 logger.exception("jobs.internal_error")
                 outcome = store.finish(_internal(error, job_id, Ledger(model=chosen.model)))
@@ -90,12 +102,22 @@ def add_switch_task(app: Celery, switcher: Switcher, publish: Callable[[], objec
         task: Task, model: str, *, epoch: int | None = None, reason: str = "asked for by hand", force: bool = False
     ) -> dict[str, Any]:
         def tell(stage: SwitchStage, detail: str) -> None:
-            task.update_state(state=stage.upper(), meta={"model": model, "stage": stage, "detail": detail})
-            task.send_event(f"task-{stage}", model=model, detail=detail)
             publish()
+            task.send_event(f"task-{stage}", model=model, detail=detail)  # Flower shows the stage as the task's state
 
         record = switcher.switch(model, epoch=epoch, reason=reason, force=force, on_stage=tell)
         return record.model_dump(mode="json")
+
+
+@contextmanager
+def given_back_without_redis(job_id: str) -> Iterator[None]:
+    """Give the message back when Redis was away in the middle: the job has not ended, whatever was done of it."""
+    try:
+        yield
+    except REDIS_AWAY as error:
+        logger.warning("delivery.given_back", error=f"{type(error).__name__}: {error}")
+        signal_of(job_id).wait(_REDIS_AWAY_PAUSE_S)
+        raise Reject(requeue=True) from None
 
 
 def body_of(args: tuple[Any, ...], fields: dict[str, Any]) -> object:

@@ -138,6 +138,30 @@ def test_junk_in_a_queue_is_set_aside_and_blocks_nothing(redis_url: str, redis_c
     assert redis_client.lrange(keys.MALFORMED, 0, -1) == [junk]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda m: m["properties"].update(body_encoding="rot13"),
+        lambda m: m.update(body="abc"),
+        lambda m: m.update(body=7),
+        lambda m: m.update(headers=[1]),
+    ],
+)
+def test_a_message_that_kombu_cannot_build_is_set_aside(redis_url: str, redis_client: Any, damage: Any) -> None:
+    """It looks like a message and is none: the consumer's loop would end over it, and the next one's too."""
+    publish(redis_url, "bad")
+    message = json.loads(redis_client.rpop("work"))
+    damage(message)
+    redis_client.lpush("work", json.dumps(message))
+    publish(redis_url, "good")
+    with connection(redis_url) as conn:
+        [got] = Inbox(conn).take()
+        assert got.payload == "good"
+        got.ack()
+    assert [json.loads(entry) for entry in redis_client.lrange(keys.MALFORMED, 0, -1)] == [message]
+    assert not redis_client.exists(keys.UNACKED, keys.UNACKED_OWNER, keys.UNACKED_INDEX)
+
+
 def test_empty_lists_in_a_message_stay_lists(redis_url: str) -> None:
     """Lua's JSON turns [] into {}; the message is stored as it came, so giving it back changes nothing."""
     publish(redis_url, {"tools": [], "stop": {}})

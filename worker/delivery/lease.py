@@ -5,19 +5,19 @@ One thread per process, with a Redis connection of its own, so that it goes on w
 connection is being repaired. Three things in a beat:
 
 1. Renew    `shiftworker:lease:<owner>` lives `lease_s`; the deliveries in flight here get a new time.
-2. Sweep    A delivery whose owner's lease is gone goes back to the head of its queue.
-3. Backstop A delivery that nobody renewed for the visibility timeout goes back too: popped by a stock
-            transport, or forgotten by its process (Celery drops scheduled tasks on a lost connection).
+2. Sweep    A delivery whose owner's lease is gone goes back to the head of its queue; so does one of our own
+            that nothing here holds any more (it could not be given back while Redis was away, say).
+3. Backstop A delivery without an owner, popped by a stock transport, goes back after the visibility timeout.
 
-An owner is believed dead when two sweeps, a beat apart, found no lease: after an outage of Redis every
-lease has run out, and the living get one beat to renew.
+A delivery goes back only when two sweeps, a beat apart, found the same: after an outage of Redis every lease
+has run out, and the living get one beat to renew. Times are Redis's own: the clocks of several machines need
+not agree.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import redis
@@ -39,7 +39,9 @@ def held_here() -> set[str]:
     tags = deliveries_in_flight()
     while True:
         try:
-            return tags | {r.message.delivery_tag for r in list(state.reserved_requests) if not r.acknowledged}
+            # On a reconnect Celery forgets what it had reserved; what runs by then is only among the active ones.
+            requests = {*state.reserved_requests, *state.active_requests}
+            return tags | {request.message.delivery_tag for request in requests if not request.acknowledged}
         except RuntimeError:  # changed while we looked
             continue
 
@@ -65,14 +67,16 @@ class Lease(threading.Thread):
         self._visibility_timeout_s = visibility_timeout_s
         self._held = held
         self._ending = threading.Event()
-        self._suspects: frozenset[str] = frozenset()
+        self._suspects: set[tuple[str, str]] = set()  # a delivery and its owner, at the last sweep
 
     def run(self) -> None:
         """Beat until `end` is called; an unreachable Redis costs a beat, never the thread."""
         while True:
             try:
-                self.renew(now=time.time())
-                self.sweep(now=time.time())
+                seconds, microseconds = self._redis.time()
+                now = seconds + microseconds / 1e6
+                self.renew(now=now)
+                self.sweep(now=now)
             except (redis.RedisError, OSError) as error:
                 logger.warning("delivery.lease_beat_missed", error=str(error))
             if self._ending.wait(self._lease_s / _BEATS_PER_LEASE):
@@ -96,25 +100,29 @@ class Lease(threading.Thread):
             pipe.execute()
 
     def sweep(self, *, now: float) -> int:
-        """Give back what dead owners held; returns how many deliveries moved."""
+        """Give back what the dead held and what this process forgot; returns how many deliveries moved."""
         owners: dict[str, str] = self._redis.hgetall(keys.UNACKED_OWNER)
-        dead = self._dead(set(owners.values()))
+        held, silent = self._held(), self._silent(set(owners.values()))
+        suspects = {
+            (tag, owner)
+            for tag, owner in owners.items()
+            if owner in silent or (owner == self._owner and tag not in held)
+        }
+        lost, self._suspects = suspects & self._suspects, suspects
         overdue = self._redis.zrangebyscore(keys.UNACKED_INDEX, 0, now - self._visibility_timeout_s)
-        lost = {tag for tag, owner in owners.items() if owner in dead} | set(overdue)
-        moved = self._give_back(lost - self._held(), owners) if lost else 0
+        lost |= {(tag, "") for tag in overdue if tag not in owners}
+        moved = self._give_back(lost) if lost else 0
         if moved:
-            logger.warning("delivery.taken_back", deliveries=moved, owners=sorted(dead))
+            logger.warning("delivery.taken_back", deliveries=moved, owners=sorted({owner for _, owner in lost}))
         return moved
 
-    def _dead(self, owners: set[str]) -> frozenset[str]:
-        """The owners without a lease now that had none at the last sweep either."""
+    def _silent(self, owners: set[str]) -> set[str]:
+        """The other owners without a lease now."""
         names = sorted(owners - {self._owner})
         leases = self._redis.mget([keys.lease(name) for name in names]) if names else []
-        silent = frozenset(name for name, lease in zip(names, leases, strict=True) if lease is None)
-        dead, self._suspects = silent & self._suspects, silent
-        return dead
+        return {name for name, lease in zip(names, leases, strict=True) if lease is None}
 
-    def _give_back(self, tags: Iterable[str], owners: Mapping[str, str]) -> int:
+    def _give_back(self, lost: Iterable[tuple[str, str]]) -> int:
         with self._app.connection_for_write() as connection:
             channel: Any = connection.default_channel
-            return sum(give_back(channel, tag, owner=owners.get(tag, "")) for tag in sorted(tags))
+            return sum(give_back(channel, tag, owner=owner) for tag, owner in sorted(lost))

@@ -14,24 +14,32 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery.concurrency import thread
 from celery.concurrency.base import apply_target
-from celery.worker import state
+from celery.exceptions import Reject
 
 from common import keys
+from common.logs import get_logger
 from worker.engines.base import StopSignal
 
-_signals: dict[str, StopSignal] = {}  # by task id; one process has one pool
+logger = get_logger(__name__)
+
+leaving = threading.Event()  # set as soon as this process is told to stop: what is ended then is given back
+
+_handles: dict[str, Handle] = {}  # by task id, while it runs: Celery itself keeps only a weak reference
+_GIVE_BACK_PAUSE_S = 1.0  # after a failure outside the task: what failed (Redis, mostly) would fail again at once
 
 
 def signal_of(task_id: str) -> StopSignal:
     """The stop signal of a task that runs in this process; a fresh one outside the pool (tests, eager mode)."""
-    return _signals.get(task_id) or StopSignal()
+    handle = _handles.get(task_id)
+    return handle.signal if handle else StopSignal()
 
 
 def running() -> dict[str, StopSignal]:
-    """Every task that this process runs or has taken up, by id."""
-    return dict(_signals)
+    """The signal of every task that this process runs or has taken up, by id."""
+    return {task_id: handle.signal for task_id, handle in list(_handles.items())}
 
 
 class Handle(thread.ApplyResult):
@@ -46,8 +54,7 @@ class Handle(thread.ApplyResult):
 
     def terminate(self, _signal: int | None = None) -> None:
         """End the run: given back if the worker shuts down, cancelled if somebody revoked it."""
-        leaving = state.should_stop is not None or state.should_terminate is not None
-        self.signal.stop("handback" if leaving else "cancelled")
+        self.signal.stop("handback" if leaving.is_set() else "cancelled")
 
 
 class TaskPool(thread.TaskPool):
@@ -64,14 +71,15 @@ class TaskPool(thread.TaskPool):
         kwargs: dict[str, Any] | None = None,
         callback: Callable[..., Any] | None = None,
         accept_callback: Callable[..., Any] | None = None,
+        error_callback: Callable[[ExceptionInfo], Any] | None = None,
         correlation_id: str = "",
         timeout: float | None = None,
         soft_timeout: float | None = None,
         **_options: Any,
     ) -> Handle:
         """Start one run; its time limit counts from the moment a thread takes it up."""
-        signal = _signals[correlation_id] = StopSignal()
-        handle = Handle(signal)
+        signal = StopSignal()
+        handle = _handles[correlation_id] = Handle(signal)
         limit_s = soft_timeout or timeout
 
         def run() -> None:
@@ -81,14 +89,21 @@ class TaskPool(thread.TaskPool):
                 timer.start()
             try:
                 apply_target(target, args, kwargs or {}, callback, accept_callback)
+            except Exception:
+                # Outside the task: Celery could not store its state or its result, say. Nobody reads this future;
+                # without a word the request would count as running, and its message as held, for ever.
+                logger.exception("delivery.run_broke", task_id=correlation_id)
+                signal.wait(_GIVE_BACK_PAUSE_S)
+                if error_callback is not None:
+                    error_callback(_given_back())
             finally:
                 if timer is not None:
                     timer.cancel()
-                if _signals.get(correlation_id) is signal:
-                    del _signals[correlation_id]
 
         lane = self._switch_lane if args and args[0] == keys.SWITCH_TASK else self.executor
-        handle.attach(lane.submit(run))
+        future = lane.submit(run)
+        future.add_done_callback(lambda _done: _forget(correlation_id, handle))  # also if it never ran
+        handle.attach(future)
         return handle
 
     def on_stop(self) -> None:
@@ -101,3 +116,16 @@ class TaskPool(thread.TaskPool):
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Do nothing: *pid* is this whole process; the run itself is told through its handle."""
+
+
+def _forget(task_id: str, handle: Handle) -> None:
+    if _handles.get(task_id) is handle:  # a second delivery of the task may have taken its place
+        del _handles[task_id]
+
+
+def _given_back() -> ExceptionInfo:
+    """What Celery takes for "this task asks for its message to be given back"."""
+    try:
+        raise Reject("the run broke outside the task", requeue=True)  # noqa: TRY301 - it must have a traceback
+    except Reject:
+        return ExceptionInfo()
