@@ -147,7 +147,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def busy(kit: Kit, *requests: Future[Completion]) -> None:
     """Wait until the engine works, and be sure that no request has ended before that."""
     eventually(kit.working, within_s=20, what="the engine works")
-    assert not any(request.done() for request in requests)
+    assert [request.result() for request in requests if request.done()] == []
 
 
 def test_a_model_that_was_never_started_is_stopped(kit: Kit) -> None:
