@@ -54,8 +54,9 @@ def configure(level: str = "INFO", style: Literal["auto", "console", "json"] = "
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # Celery's lines about each task repeat its result: answers are no business of a log. Ours say what happened.
+    # Celery's lines about each task repeat its result, and a traceback for each message that is given back: answers
+    # are no business of a log, and ours say what happened.
     for repeating in ("celery.app.trace", "celery.worker.strategy"):
-        logging.getLogger(repeating).setLevel(max(logging.WARNING, root.level))
+        logging.getLogger(repeating).setLevel(logging.ERROR)
     for chatty in ("httpx", "httpcore", "asyncio", "amqp", "filelock", "urllib3"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))

@@ -1,0 +1,94 @@
+"""
+The tasks at the moments when Redis goes away: the message is given back, and no job ends for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.exceptions import Reject
+
+from common import keys
+from common.celery_app import create_app
+from common.errors import InvalidRequest
+from common.job_store import MemoryJobStore
+from common.schemas import JobState, OfferedModel
+from common.settings import Settings
+from worker.routing.router import Router
+from worker.routing.rules_file import load_rules
+from worker.tasks import add_submit_task, body_of
+
+BODY = {"messages": [{"role": "user", "content": "Hi"}]}
+SMALL = OfferedModel(id="small", tier=1, complexity_up_to=1.0, max_model_len=1000, capabilities=("chat",))
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> Celery:
+    """An app whose Redis is not there."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setattr("worker.tasks._REDIS_AWAY_PAUSE_S", 0)
+    made = create_app(Settings.from_env())
+    made.conf.task_publish_retry_policy = {"max_retries": 1, "interval_start": 0}
+    return made
+
+
+def submit(app: Celery, store: MemoryJobStore, offers: Any) -> object:
+    """Run the router task for one job, as a worker does."""
+    router = Router(store=store, offers=offers, rules=load_rules())
+    add_submit_task(app, router, store)
+    task = app.tasks[keys.SUBMIT_TASK]
+    task.push_request(id="job", args=[BODY], kwargs={}, called_directly=False)
+    try:
+        return task.run(BODY)
+    finally:
+        task.pop_request()
+
+
+def test_redis_gone_between_routing_and_sending_on_gives_the_job_back(app: Celery) -> None:
+    """Celery would store a failure and acknowledge: the job would be nowhere."""
+    store = MemoryJobStore()
+    with pytest.raises(Reject) as rejected:
+        submit(app, store, lambda: [SMALL])
+    assert rejected.value.requeue
+    assert store.outcome("job") is None
+
+
+def test_redis_gone_while_the_offers_are_read_gives_the_job_back(app: Celery) -> None:
+    """An outage is no fault of the job, and no fault of ours either."""
+
+    def offers() -> Sequence[OfferedModel]:
+        raise redis.ConnectionError("gone")
+
+    store = MemoryJobStore()
+    with pytest.raises(Reject):
+        submit(app, store, offers)
+    assert store.outcome("job") is None
+
+
+def test_a_fault_of_ours_ends_the_job_with_its_name(app: Celery) -> None:
+    """It is stored as what it is, so that the producer does not wait for ever."""
+
+    def offers() -> Sequence[OfferedModel]:
+        raise ZeroDivisionError("a bug")
+
+    store = MemoryJobStore()
+    with pytest.raises(Exception, match="ZeroDivisionError: a bug"):
+        submit(app, store, offers)
+    outcome = store.outcome("job")
+    assert outcome is not None
+    assert outcome.state is JobState.FAILED
+    assert outcome.error is not None
+    assert outcome.error.kind == "InternalError"
+
+
+def test_the_body_comes_as_one_argument_or_as_fields() -> None:
+    """Both ways in which producers call a task by name; anything else is refused with the two named."""
+    assert body_of((BODY,), {}) == BODY
+    assert body_of((), BODY) == BODY
+    for args, fields in (((), {}), ((BODY, BODY), {}), ((BODY,), BODY)):
+        with pytest.raises(InvalidRequest, match=r"args=\[body\]"):
+            body_of(args, fields)
