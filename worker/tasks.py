@@ -39,7 +39,7 @@ _SHOWN_CHARS = 60  # of a model's name in Flower
 def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
     """Give *app* the router task: validate, score, choose, and hand the job on under the same id."""
 
-    @app.task(bind=True, name=keys.SUBMIT_TASK, throws=(ShiftworkerError,))
+    @app.task(bind=True, shared=False, name=keys.SUBMIT_TASK, throws=(ShiftworkerError,))
     def submit(task: Task, *args: Any, **fields: Any) -> Any:
         job_id: str = task.request.id
         with structlog.contextvars.bound_contextvars(job_id=job_id), given_back_without_redis(job_id):
@@ -68,7 +68,7 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
 def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
     """Give *app* the task that runs one routed job on its model's engine."""
 
-    @app.task(bind=True, name=keys.GENERATE_TASK, throws=(ShiftworkerError,))
+    @app.task(bind=True, shared=False, name=keys.GENERATE_TASK, throws=(ShiftworkerError,))
     def generate(task: Task, request: dict[str, Any], route: dict[str, Any]) -> Any:
         job_id: str = task.request.id
         chosen = Route.model_validate(route)
@@ -97,7 +97,7 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
 def add_switch_task(app: Celery, switcher: Switcher, publish: Callable[[], object]) -> None:
     """Give *app* the task that changes the model; acknowledged early, since a repeated switch helps nobody."""
 
-    @app.task(bind=True, name=keys.SWITCH_TASK, acks_late=False, throws=(ShiftworkerError,))
+    @app.task(bind=True, shared=False, name=keys.SWITCH_TASK, acks_late=False, throws=(ShiftworkerError,))
     def switch(
         task: Task, model: str, *, epoch: int | None = None, reason: str = "asked for by hand", force: bool = False
     ) -> dict[str, Any]:
