@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -298,7 +299,9 @@ class _Worker:
             self._status.goodbye(self._name)
 
     def _leave(self) -> None:
+        """Called from a signal handler: ending the switch under way takes a moment, so on a thread of its own."""
         self._world.stopping = True
+        threading.Thread(target=self._switcher.abandon, name="abandon-switch", daemon=True).start()
 
     def _stage_changed(self) -> None:
         self._heart.wake()

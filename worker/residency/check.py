@@ -4,7 +4,6 @@ May a model be loaded on these cards right now? A pure answer: the list of what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from worker.hardware.gpu import Gpu, Machine
@@ -22,27 +21,39 @@ class LoadLimits:
 
 
 def check_load(machine: Machine, placement: Placement, limits: LoadLimits) -> tuple[str, ...]:
-    """
-    Say what speaks against loading *placement* now; empty = go ahead.
+    """Say what speaks against loading *placement* now: what the cards show, then the memory; empty = go ahead."""
+    return (*check_cards(machine, placement, limits), *check_memory(machine, placement))
 
-    For each card of the placement: is it there, cool enough, below its power limit, and is enough memory
-    free? On the CPU: is enough memory available? What the driver does not say speaks against nothing.
+
+def check_cards(machine: Machine, placement: Placement, limits: LoadLimits) -> tuple[str, ...]:
     """
-    if not placement.gpus:
-        return _short_of(placement, machine.ram_available_bytes, "the host")
+    Say what the cards of *placement* show against a load, whatever memory is free; empty = nothing.
+
+    Is each there, cool enough, and below its power limit? What the driver does not say speaks against nothing.
+    """
     cards = {gpu.index: gpu for gpu in machine.gpus}
     return tuple(
         problem
         for index in placement.gpus
         for problem in (
-            _card_problems(cards[index], placement, limits)
-            if index in cards
-            else (f"card {index} does not answer any more",)
+            _card_problems(cards[index], limits) if index in cards else [f"card {index} does not answer any more"]
         )
     )
 
 
-def _card_problems(gpu: Gpu, placement: Placement, limits: LoadLimits) -> Sequence[str]:
+def check_memory(machine: Machine, placement: Placement) -> tuple[str, ...]:
+    """Say where *placement* finds too little free memory: on its cards, or on the host if it has none."""
+    if not placement.gpus:
+        return _short_of(placement, machine.ram_available_bytes, "the host")
+    return tuple(
+        problem
+        for gpu in machine.gpus
+        if gpu.index in placement.gpus and gpu.free_bytes is not None
+        for problem in _short_of(placement, gpu.free_bytes, f"card {gpu.index}")
+    )
+
+
+def _card_problems(gpu: Gpu, limits: LoadLimits) -> list[str]:
     name = f"card {gpu.index}"
     problems: list[str] = []
     if gpu.temperature_c is not None and gpu.temperature_c > limits.max_temperature_c:
@@ -51,8 +62,6 @@ def _card_problems(gpu: Gpu, placement: Placement, limits: LoadLimits) -> Sequen
         problems.append(
             f"{name} draws {gpu.power_w:.0f} W, above {limits.max_power_share:.0%} of its {gpu.power_limit_w:.0f} W"
         )
-    if gpu.free_bytes is not None:
-        problems.extend(_short_of(placement, gpu.free_bytes, name))
     return problems
 
 

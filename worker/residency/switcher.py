@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +19,9 @@ from common.logs import get_logger
 from common.schemas import BodyKind, SwitchRecord, SwitchStage, utc_now
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.base import Call, Engine, EngineState, JobStopped, StopSignal
-from worker.hardware.gpu import MachineReader
+from worker.hardware.gpu import Machine, MachineReader
 from worker.residency.board import ResidencyBoard
-from worker.residency.check import LoadLimits, check_load
+from worker.residency.check import LoadLimits, check_cards, check_load
 from worker.residency.plan import plan_switch
 from worker.selection.placement import Placement
 from worker.state.residency import Level, Quarantine, Resident, Switching
@@ -29,6 +31,8 @@ logger = get_logger(__name__)
 _HANDBACK_S = 30.0  # a job that was told to stop has this long to leave before its engine is ended anyway
 _STOP_S = 30.0  # for an engine's processes to be gone
 _PAUSE_S = 2.0  # between attempts: time for a hot card or a leaving process
+_ABANDON_S = 5.0  # for a load to be interrupted; then it is asked again
+_LOOK_S = 0.2  # between two looks whether a switch has ended, or must
 _MAX_QUARANTINE_DOUBLINGS = 6
 
 CANARY = "Say OK."
@@ -67,7 +71,7 @@ class Switcher:
         hand_back: Handback,
         record: Callable[[SwitchRecord], None],
         epoch: int = 0,
-        pause: Callable[[float], object] = time.sleep,
+        pause: Callable[[float], object] | None = None,
     ) -> None:
         self._board = board
         self._placements = placements
@@ -77,13 +81,14 @@ class Switcher:
         self._fetch = fetch
         self._hand_back = hand_back
         self._record = record
-        self._pause = pause
+        self._leaving = threading.Event()
+        self._pause = pause or self._leaving.wait
         self._one_at_a_time = threading.Lock()
-        self._newest_epoch = epoch  # switches asked of an earlier start of this worker are stale
+        self._asked_epoch = epoch  # switches asked of an earlier start of this worker are stale
 
     def ask(self, model_id: str, epoch: int) -> None:
-        """Note on the board that a switch to *model_id* was asked for; an older one will do nothing."""
-        self._newest_epoch = max(self._newest_epoch, epoch)
+        """Note on the board that a switch to *model_id* was asked for; any other one will do nothing."""
+        self._asked_epoch = epoch  # also if it is the smaller one: Redis may have lost its counter
         self._board.switching(Switching(to_model=model_id, epoch=epoch, since=time.time()))
 
     def switch(
@@ -113,10 +118,10 @@ class Switcher:
             )
         with self._one_at_a_time:
             run = _Run(self, self._placements[model_id], reason=reason, force=force, on_stage=on_stage)
-            if epoch is not None and epoch < self._newest_epoch:
+            if epoch is not None and epoch != self._asked_epoch:
                 return run.finished("stale")
             try:
-                return run.carry_out(epoch or self._newest_epoch)
+                return run.carry_out(epoch or self._asked_epoch)
             finally:
                 self._board.switching(None)
 
@@ -129,6 +134,36 @@ class Switcher:
             logger.error("residency.engine_died", model_id=model_id)
             self._board.remove(model_id)
         return dead
+
+    def end_the_dead(self) -> None:
+        """
+        End what is left of engines that are not on the board: a deaf one lives on, and holds its memory.
+
+        Raises
+        ------
+        EngineTimeout
+            Something of one is still there.
+        """
+        self.note_deaths()
+        for model_id in self._placements:
+            if self._board.read().resident(model_id) is None and self._state(model_id) is not EngineState.STOPPED:
+                logger.warning("residency.dead_engine_ends", model_id=model_id)
+                self._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
+
+    def abandon(self) -> None:
+        """
+        End the switch under way and begin no other: the worker leaves. Returns when that switch has ended.
+
+        A load is interrupted, not waited for; the switch ends as failed, and its model is not quarantined.
+        """
+        self._leaving.set()
+        while not self._one_at_a_time.acquire(timeout=_LOOK_S):
+            # Asked again each time: a load that was just beginning had no process yet that could be ended.
+            for resident in self._board.read().residents:
+                if resident.level is Level.STARTING:
+                    with suppress(ShiftworkerError):
+                        self._engine(resident.model_id).ensure_stopped(resident.model_id, timeout_s=_ABANDON_S)
+        self._one_at_a_time.release()
 
     def close(self) -> None:
         """End every engine: the worker leaves."""
@@ -175,18 +210,19 @@ class _Run:
         """Stop what must go, then start the model, in as many attempts as allowed."""
         self._epoch = epoch
         model_id = self._placement.model_id
-        plan = plan_switch(self._board.read(), model_id, self._placement.memory.total)
-        logger.info("residency.planned", model_id=model_id, stop=plan.stop, reason=plan.reason)
-        if self._board.read().ready(model_id):
-            return self.finished("ready", plan.reason)
-        if plan.start is None:
-            return self._give_up(DoesNotFit(plan.reason))
         self._show(None)
         try:
+            self._switcher.end_the_dead()
+            plan = plan_switch(self._board.read(), model_id, self._placement.memory.total)
+            logger.info("residency.planned", model_id=model_id, stop=plan.stop, reason=plan.reason)
+            if self._board.read().ready(model_id):
+                return self.finished("ready", plan.reason)
+            if plan.start is None:
+                return self._give_up(DoesNotFit(plan.reason))
             # Files that must come over the network come before anything is stopped, and cost no attempt.
-            self._switcher._fetch(self._placement.spec)
+            self._fetch()
             self._make_room(plan.stop)
-            self._start()
+            self._try(self._load)
         except ShiftworkerError as error:
             return self._give_up(error)
         except Exception as error:
@@ -197,7 +233,36 @@ class _Run:
         self._board.quarantine(model_id, None)
         return self.finished("ready", plan.reason)
 
+    def _fetch(self) -> None:
+        """
+        Wait for the model's files, as long as they come; only the worker's leave ends the wait before.
+
+        A download that stands still is ended by the hub's client itself, after a few tries: each read has its
+        timeout (HF_HUB_DOWNLOAD_TIMEOUT, HF_XET_CLIENT_READ_TIMEOUT).
+        """
+        download = _in_background(lambda: self._switcher._fetch(self._placement.spec))
+        while not wait([download], timeout=_LOOK_S).done:
+            self._end_if_leaving()
+        download.result()
+
     def _make_room(self, stop: tuple[str, ...]) -> None:
+        """
+        End the models in *stop*, unless the cards are too hot for what comes after.
+
+        The cards are looked at between the two halves: while jobs ran, their heat and power were the jobs' own;
+        once the old engine has ended, a refusal would leave nothing ready.
+        """
+        serving = [model_id for model_id in stop if self._board.read().ready(model_id)]
+        try:
+            self._drain(stop)
+            self._try(lambda: self._check(check_cards))
+        except Exception:
+            for model_id in serving:
+                self._board.set_level(model_id, Level.READY)
+            raise
+        self._unload(stop)
+
+    def _drain(self, stop: tuple[str, ...]) -> None:
         if stop:
             self._enter(SwitchStage.DRAINING, f"jobs on {', '.join(stop)} end")
         for model_id in stop:
@@ -207,45 +272,49 @@ class _Run:
                 logger.warning("residency.handing_back", model_id=model_id, after_s=self._limits.drain_s)
                 self._switcher._hand_back(model_id)
                 self._board.wait_empty(model_id, timeout_s=_HANDBACK_S)
+
+    def _unload(self, stop: tuple[str, ...]) -> None:
         if stop:
             self._enter(SwitchStage.UNLOADING, f"{', '.join(stop)} ends")
         for model_id in stop:
             self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
             self._board.remove(model_id)
 
-    def _start(self) -> None:
-        problem: ShiftworkerError | None = None
+    def _try(self, step: Callable[[], None]) -> None:
+        """Take *step*, again after a pause where that may help; raises the last attempt's error."""
         for attempt in range(1, self._limits.attempts + 1):
-            if problem is not None:
-                self._switcher._pause(_PAUSE_S)
+            self._end_if_leaving()
             self._attempts = attempt
             try:
-                self._attempt()
+                return step()
             except ShiftworkerError as error:
-                problem = error
-                self._clear_away()
                 logger.warning(
                     "residency.attempt_failed", model_id=self._placement.model_id, attempt=attempt, error=error.message
                 )
-                if not error.retry_helps:
-                    break
-            else:
-                return
-        assert problem is not None  # noqa: S101 - at least one attempt was made, and none succeeded
-        raise problem
+                last = attempt == self._limits.attempts or self._switcher._leaving.is_set()
+                if last or not error.retry_helps:
+                    raise
+            self._switcher._pause(_PAUSE_S)
+        return None
 
-    def _attempt(self) -> None:
+    def _end_if_leaving(self) -> None:
+        """Raise if the worker leaves."""
+        if self._switcher._leaving.is_set():
+            raise LoadFailed(f"{self._placement.model_id} was not loaded.")
+
+    def _load(self) -> None:
+        try:
+            self._load_and_verify()
+        except ShiftworkerError:
+            self._clear_away()
+            raise
+
+    def _load_and_verify(self) -> None:
         placement = self._placement
         model_id = placement.model_id
         until = time.monotonic() + self._limits.attempt_s
         self._enter(SwitchStage.LOADING, f"attempt {self._attempts} of {self._limits.attempts}")
-        if not self._force:
-            problems = check_load(self._switcher._machine.read(), placement, self._limits.load)
-            if problems:
-                raise LoadRefused(
-                    f"{model_id} is not loaded now: {'; '.join(problems)}. "
-                    "`shiftworker switch --force` loads it anyway."
-                )
+        self._check(check_load)
         resident = Resident(model_id=model_id, level=Level.STARTING, bytes=placement.memory.total, since=time.time())
         self._board.put(resident)
         engine = self._switcher._engine(model_id)
@@ -254,17 +323,30 @@ class _Run:
         verify(engine, placement, timeout_s=max(1.0, until - time.monotonic()))
         self._board.put(Resident(model_id=model_id, level=Level.READY, bytes=placement.memory.total, since=time.time()))
 
+    def _check(self, check: Callable[[Machine, Placement, LoadLimits], tuple[str, ...]]) -> None:
+        """Raise what *check* has against the machine as it is now, unless forced."""
+        problems = () if self._force else check(self._switcher._machine.read(), self._placement, self._limits.load)
+        if problems:
+            raise LoadRefused(
+                f"{self._placement.model_id} is not loaded now: {'; '.join(problems)}. "
+                "`shiftworker switch --force` loads it anyway."
+            )
+
     def _clear_away(self) -> None:
-        """Leave nothing of a failed attempt."""
+        """Leave nothing of a failed attempt; what will not end stays on the board, with its memory."""
         model_id = self._placement.model_id
+        self._board.set_level(model_id, Level.STOPPING)
         try:
             self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
         except ShiftworkerError as error:
             logger.exception("residency.remains", model_id=model_id, error=error.message)
-        self._board.remove(model_id)
+        else:
+            self._board.remove(model_id)
 
     def _give_up(self, error: ShiftworkerError) -> SwitchRecord:
         """Leave the model alone for a while: asked for again at once, it would fail at once."""
+        if self._switcher._leaving.is_set():
+            return self.finished("failed", f"the worker leaves: {error.message}")
         model_id = self._placement.model_id
         before = self._board.read().quarantined.get(model_id)
         failures = (before.failures if before else 0) + 1
@@ -305,7 +387,7 @@ class _Run:
             self._stage = None
 
     def finished(self, outcome: Any, detail: str = "") -> SwitchRecord:
-        """Tell the end of the switch, keep its record, and return it."""
+        """Keep the record of the switch, tell its end, and return the record."""
         self._leave()
         record = SwitchRecord(
             from_model=self._from,
@@ -320,8 +402,9 @@ class _Run:
         logger.info("residency.switched", **record.model_dump(mode="json", exclude={"at"}))
         if outcome != "stale":
             stage = SwitchStage.READY if outcome == "ready" else SwitchStage.FAILED
-            self._tell(self._on_stage, stage, record.reason)
             self._tell(self._switcher._record, record)
+            self._show(stage)
+            self._tell(self._on_stage, stage, record.reason)
         return record
 
 
@@ -348,3 +431,17 @@ def verify(engine: Engine, placement: Placement, *, timeout_s: float) -> None:
         raise LoadFailed(f"{model_id} was loaded but its canary prompt failed: {error}") from error
     if not response.get("data" if embeds else "choices"):
         raise LoadFailed(f"{model_id} was loaded but answered its canary prompt with nothing: {response!r:.200}")
+
+
+def _in_background(do: Callable[[], object]) -> Future[object]:
+    """Call *do* on a thread that keeps no process alive."""
+    done: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(do())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is read
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="fetch", daemon=True).start()
+    return done

@@ -47,7 +47,7 @@ class Switching:
     epoch: int
     since: float  # Unix seconds
     begun: bool = False  # False = asked for; no thread has taken it up yet
-    stage: SwitchStage | None = None  # None = none yet: not begun, or files still come over the network
+    stage: SwitchStage | None = None  # None = none yet: not begun, or files still come; READY, FAILED = just ended
 
 
 @dataclass(frozen=True, kw_only=True)

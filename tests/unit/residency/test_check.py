@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.factories import GIB, make_gpu, make_machine, make_placement
-from worker.residency.check import LoadLimits, check_load
+from worker.residency.check import LoadLimits, check_cards, check_load, check_memory
 
 LIMITS = LoadLimits(max_temperature_c=85, max_power_share=0.95)
 
@@ -43,6 +43,18 @@ def test_a_card_says_everything_that_is_against_it(card: dict[str, Any], says: t
     machine = replace(make_machine(24), gpus=(make_gpu(24, **card),))
 
     assert check_load(machine, make_placement(gpus=(0,)), LIMITS) == says
+
+
+def test_heat_and_memory_are_two_questions() -> None:
+    """The first is asked while the old model still holds the memory."""
+    hot_and_full = replace(make_machine(24), gpus=(make_gpu(24, temperature_c=90, free_bytes=0),))
+    placement = make_placement(gpus=(0,))
+
+    assert check_cards(hot_and_full, placement, LIMITS) == ("card 0 is at 90 C, above 85 C",)
+    assert check_memory(hot_and_full, placement) == (
+        "card 0 has 0.0 GiB free, small needs 1.5 GiB (did another program take the memory?)",
+    )
+    assert check_cards(make_machine(ram_available_gib=0), make_placement(), LIMITS) == ()
 
 
 def test_only_the_cards_of_the_placement_are_asked() -> None:
