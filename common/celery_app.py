@@ -12,8 +12,6 @@ from kombu import Queue
 from common import keys
 from common.settings import Settings
 
-PRIORITY_STEPS = [0, 3, 6, 9]  # kombu keeps one list per step; a job's priority is rounded down to one of them
-
 
 def create_app(settings: Settings, *, owner: str = "nobody") -> Celery:
     """
@@ -34,7 +32,7 @@ def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
         "broker_transport": "common.transport:Transport",
         "broker_transport_options": {
             "owner": owner,
-            "priority_steps": PRIORITY_STEPS,
+            "priority_steps": list(keys.PRIORITY_STEPS),
             "socket_timeout": 30,
             "socket_connect_timeout": 3,
             "socket_keepalive": True,

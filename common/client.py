@@ -17,11 +17,11 @@ from kombu.exceptions import OperationalError
 
 from common import keys
 from common.celery_app import create_app
-from common.errors import EngineTimeout, JobCancelled, RedisUnavailable, ShiftworkerError
+from common.errors import JobCancelled, NotEndedYet, RedisUnavailable, ShiftworkerError
 from common.fleet import read_offers, read_statuses
 from common.redis_client import connect, ping, without_password
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody, HardwareStatus, JobRequest, JobState, JobView, Offer, Outcome
+from common.schemas import ErrorBody, HardwareStatus, JobRequest, JobState, JobView, Ledger, Offer, Outcome
 from common.settings import Settings
 
 _RETRY_PUBLISH = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
@@ -93,7 +93,7 @@ class JobClient:
         ------
         Refused, Stopped, AttemptsExhausted, InternalError
             The job ended without an answer; the error is the one that its outcome names.
-        EngineTimeout
+        NotEndedYet
             It has not ended yet. It goes on; wait again, or cancel it.
         """
         outcome = self.result(job_id) or self._wait(job_id, timeout)
@@ -107,18 +107,13 @@ class JobClient:
         try:
             pending.get(timeout=timeout, propagate=False)
         except CeleryTimeout:
-            raise EngineTimeout(
+            if (outcome := self.result(job_id)) is not None:  # of record before Celery has its copy
+                return outcome
+            raise NotEndedYet(
                 f"Job {job_id} has not ended after {time.monotonic() - began:.0f} s; it is "
                 f"{self.status(job_id).state}. It goes on: wait again, or cancel it."
             ) from None
-        outcome = self.result(job_id)
-        if outcome is not None:
-            return outcome
-        # Celery knows an end that we do not: the task was revoked before it reached us, or our key has expired.
-        cancelled = pending.state == states.REVOKED
-        error = JobCancelled(f"Job {job_id} was revoked.") if cancelled else ShiftworkerError(str(pending.result))
-        state = JobState.CANCELLED if cancelled else JobState.FAILED
-        return Outcome(job_id=job_id, state=state, error=ErrorBody.of(error))
+        return self.result(job_id) or _read_copy(job_id, pending.state, pending.result)
 
     def result(self, job_id: str) -> Outcome | None:
         """The outcome of record, answered or not; None while the job has not ended, or is forgotten."""
@@ -141,7 +136,10 @@ class JobClient:
         if view.state is not JobState.RUNNING:
             error = JobCancelled(f"Job {job_id} was cancelled.")
             kept = self._store.finish(Outcome(job_id=job_id, state=JobState.CANCELLED, error=ErrorBody.of(error)))
-            return kept.state is JobState.CANCELLED
+            if kept.state is not JobState.CANCELLED:
+                return False
+            # Whoever waits hears of it now, and not when the message's turn comes.
+            self._app.backend.mark_as_revoked(job_id, error.message)
         return True
 
     def hardware(self) -> tuple[HardwareStatus, ...]:
@@ -159,3 +157,18 @@ class JobClient:
             self._redis.close()
         except redis.RedisError:  # it is gone already
             return
+
+
+def _read_copy(job_id: str, state: str, result: Any) -> Outcome:
+    """
+    Read Celery's copy of an end that we have no record of: it expired a moment before the copy.
+
+    A task that somebody revoked never had a record.
+    """
+    if state == states.SUCCESS:
+        response = dict(result)
+        ledger = Ledger.model_validate(response.pop("ledger"))
+        return Outcome(job_id=job_id, state=JobState.ANSWERED, response=response, ledger=ledger)
+    if state == states.REVOKED:
+        raise JobCancelled(f"Job {job_id} was revoked.")
+    raise result if isinstance(result, ShiftworkerError) else ShiftworkerError(str(result))

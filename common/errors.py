@@ -13,7 +13,8 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   ├── EngineFailed            the engine lives, but answered with an error of its own, or with nonsense
     │   ├── EngineTimeout           the engine did not answer in time
     │   ├── LoadFailed              the engine did not come up, or its canary did not answer
-    │   └── LoadRefused             too hot, too much power, or too little free memory to load now
+    │   ├── LoadRefused             too hot, too much power, or too little free memory to load now
+    │   └── NotEndedYet             the producer's wait is over and the job is not: wait again
     ├── Stopped                 the job was ended on purpose: a retry is the producer's choice
     │   ├── JobCancelled            somebody cancelled it
     │   └── DeadlineExceeded        its deadline passed
@@ -98,6 +99,10 @@ class LoadFailed(Unavailable):
 
 class LoadRefused(Unavailable):
     """The hardware says no for now: temperature, power, or free memory."""
+
+
+class NotEndedYet(Unavailable):
+    """The time that a producer waits for an outcome is over; the job goes on."""
 
 
 class Stopped(ShiftworkerError):

@@ -5,6 +5,7 @@ Reads what the workers publish: what they offer, and how they are.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable, Mapping
 
 from pydantic import ValidationError
 
@@ -31,3 +32,27 @@ def read_statuses(client: RedisClient) -> tuple[HardwareStatus, ...]:
     """How every worker that is alive is, by name."""
     bodies = client.mget(sorted(client.scan_iter(keys.status("*"), count=1000))) or []
     return tuple(HardwareStatus.model_validate(json.loads(body)) for body in bodies if body is not None)
+
+
+def read_alive(client: RedisClient, workers: Iterable[str]) -> frozenset[str]:
+    """Which of *workers* are alive: their status has not run out."""
+    names = list(workers)
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.exists(keys.status(name))
+        return frozenset(name for name, there in zip(names, pipe.execute(), strict=True) if there)
+
+
+def read_unserved(client: RedisClient, served: Collection[str]) -> Mapping[str, int]:
+    """How many routed jobs wait for each model that is not among *served*, by the model's id."""
+    names = sorted(client.scan_iter(keys.model_queue("*"), count=1000, _type="list"))
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.llen(name)
+        lengths = pipe.execute()
+    waiting: dict[str, int] = {}
+    for name, length in zip(names, lengths, strict=True):
+        model_id = keys.queue_of(name).removeprefix(keys.MODEL_QUEUE_PREFIX)
+        if model_id not in served:
+            waiting[model_id] = waiting.get(model_id, 0) + length
+    return waiting

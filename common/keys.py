@@ -30,6 +30,22 @@ def control_queue(worker: str) -> str:
     return f"control.{worker}"
 
 
+# kombu keeps one list per step: the queue's own name for the first, a suffix for the others. A job's priority is
+# rounded down to a step.
+PRIORITY_STEPS: Final = (0, 3, 6, 9)
+_PRIORITY_SEPARATOR: Final = "\x06\x16"
+
+
+def lists_of(queue: str) -> tuple[str, ...]:
+    """The Redis lists that make up *queue*, first served first."""
+    return tuple(f"{queue}{_PRIORITY_SEPARATOR}{step}" if step else queue for step in PRIORITY_STEPS)
+
+
+def queue_of(list_name: str) -> str:
+    """The queue that the Redis list *list_name* is a part of."""
+    return list_name.partition(_PRIORITY_SEPARATOR)[0]
+
+
 # --- Jobs ----------------------------------------------------------------------------------------------
 
 _PREFIX: Final = "shiftworker:"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from common import keys, logs
 from common.celery_app import create_app
 from common.client import JobClient
 from common.errors import BadSetting, InvalidRequest, Misconfigured, ShiftworkerError, UnknownModel
-from common.fleet import read_offers, read_statuses
+from common.fleet import read_offers, read_statuses, read_unserved
 from common.redis_client import connect, ping, without_password
 from common.schemas import HardwareStatus, JobRequest, Outcome
 from common.settings import Settings
@@ -99,14 +98,13 @@ def up(
     """Run everything on this box: Redis (unless REDIS_URL names one), router, worker and Flower."""
     settings = _settings()
     redis = None if given_url() else EmbeddedRedis(data / "redis", port=usual_or_free_port())
-    if redis is not None:
-        redis.start()
     url = redis.url if redis else settings.redis.url
     port = settings.flower.port or free_port()
     supervisor = Supervisor(programs(settings, redis_url=url, flower_port=port))
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, lambda *_: supervisor.ask_to_stop())
+    supervisor.ask_to_stop_on_signals()
     try:
+        if redis is not None:
+            redis.start()
         supervisor.start()
         _out.print(f"Redis   {without_password(url)}\nFlower  http://127.0.0.1:{port}\nCtrl-C stops everything.")
         supervisor.run()
@@ -146,10 +144,11 @@ def status(*, as_json: Json = False) -> None:
     ping(client, settings.redis.url)
     statuses = read_statuses(client)
     away = sorted({offer.worker for offer in read_offers(client)} - {found.worker for found in statuses})
-    unrouted = client.llen(keys.SUBMIT_QUEUE)
+    unserved = read_unserved(client, {model for found in statuses for model in found.backlog})
+    unrouted = sum(client.llen(name) for name in keys.lists_of(keys.SUBMIT_QUEUE))
     if as_json:
         workers = [found.model_dump(mode="json") for found in statuses]
-        _print_json({"workers": workers, "away": away, "waiting_for_router": unrouted})
+        _print_json({"workers": workers, "away": away, "unserved": unserved, "waiting_for_router": unrouted})
         return
     for found in statuses:
         _out.print(show.status_panel(found))
@@ -157,6 +156,8 @@ def status(*, as_json: Json = False) -> None:
         _out.print("No worker is alive. Start one with `shiftworker worker` or `shiftworker up`.")
     if away:
         _out.print(f"Away: {', '.join(away)}", style="yellow")
+    for model, waiting in unserved.items():
+        _out.print(f"No worker that is alive serves {escape(model)}: {waiting} jobs wait", style="yellow")
     _out.print(f"{unrouted} jobs wait for the router")
 
 

@@ -6,6 +6,7 @@ It keeps an append-only file, so that a restart loses nothing that was accepted.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import IO
 
 import redis
 
@@ -65,9 +67,8 @@ def usual_or_free_port() -> int:
 class EmbeddedRedis:
     """One server process on the loopback; ends with this object's `stop`."""
 
-    def __init__(self, folder: Path, *, port: int | None = None, own_session: bool = True) -> None:
+    def __init__(self, folder: Path, *, port: int | None = None) -> None:
         self._folder = folder
-        self._own_session = own_session
         self.port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -92,18 +93,24 @@ class EmbeddedRedis:
 
         Raises
         ------
+        Misconfigured
+            Another server keeps its file in this folder; names that server.
         RedisUnavailable
             It ended, or does not answer; the message carries its last lines.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         command = [
             str(find_server()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder),
             "--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction",
         ]  # fmt: skip
-        with self.log.open("ab") as output:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The server inherits the lock, so that it is held as long as the server lives, also without us.
+        with self._locked() as lock, self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=self._own_session
-            )
+                command, stdout=output, stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()], start_new_session=True,
+            )  # fmt: skip
+            lock.truncate(0)
+            lock.write(f"process {self._process.pid} at {self.url}")
         client = connect(self.url)
         until = time.monotonic() + _START_S
         while time.monotonic() < until and self._process.poll() is None:
@@ -117,6 +124,20 @@ class EmbeddedRedis:
         self.kill()
         tail = self.log.read_text(errors="replace")[-500:]
         raise RedisUnavailable(f"The embedded Redis did not start on port {self.port}. It said: {tail}")
+
+    def _locked(self) -> IO[str]:
+        """Take the folder: two servers that append to one file would each read the other's writes as their own."""
+        lock = (self._folder / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            with lock:
+                lock.seek(0)
+                raise Misconfigured(
+                    f"{self._folder.absolute()} belongs to a Redis that runs already: {lock.read()}. Use that one "
+                    "(set REDIS_URL), stop it, or choose another folder with --data."
+                ) from None
+        return lock
 
     def kill(self, how: int = signal.SIGKILL) -> None:
         """Send it a signal and wait for its end."""

@@ -66,6 +66,19 @@ class Supervisor:
         """Let `run` return."""
         self._ending.set()
 
+    def ask_to_stop_on_signals(self) -> None:
+        """Stop with our terminal too: the programs have sessions of their own, and would outlive it."""
+        endings = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            endings.append(signal.SIGHUP)
+        for ending in endings:
+            signal.signal(ending, lambda *_: self.ask_to_stop())
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Was it told to stop?"""
+        return self._ending.is_set()
+
     def stop(self) -> None:
         """End every program, the last started first; each has its `stop_s`."""
         self._ending.set()

@@ -22,10 +22,11 @@ from celery import Celery
 from common import keys
 from common.celery_app import create_app
 from common.errors import EngineMissing, Misconfigured
-from common.fleet import read_offers
+from common.fleet import read_alive, read_offers
 from common.logs import get_logger
 from common.redis_client import RedisClient, connect, wait_until_there
 from common.redis_job_store import RedisJobStore
+from common.schemas import OfferedModel
 from common.settings import Settings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess, show_in_flower
@@ -171,7 +172,7 @@ def run_router(settings: Settings) -> int:
     client, patient = _redis(settings)
     app = create_app(settings, owner=owner)
     store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
-    router = Router(store=store, offers=lambda: merge_offers(read_offers(client)), rules=rules)
+    router = Router(store=store, offers=lambda: _offered(client), rules=rules)
     add_submit_task(app, router, store)
     process = ConsumerProcess(
         app=app,
@@ -182,6 +183,11 @@ def run_router(settings: Settings) -> int:
         steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
     )
     return process.run()
+
+
+def _offered(client: RedisClient) -> tuple[OfferedModel, ...]:
+    offers = read_offers(client)
+    return merge_offers(offers, alive=read_alive(client, (offer.worker for offer in offers)))
 
 
 # --- The worker process -----------------------------------------------------------------------------------

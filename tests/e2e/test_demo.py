@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.fakes.hub import Hub
+from tests.waiting import eventually
 from worker.demo.tiny_models import make_tiny_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +76,30 @@ def test_the_demo_says_which_jobs_have_no_answer(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 of 2 jobs have their answer." in done.stdout
     assert "UnknownModel" in done.stdout
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_demo_that_is_told_to_stop_leaves_nothing_running(tmp_path: Path, ending: signal.Signals) -> None:
+    """By `kill`, by the closed terminal, by Ctrl-C; in the middle, with its programs and an engine running."""
+    with (tmp_path / "out").open("wb") as out:
+        demo = psutil.Popen(
+            [sys.executable, "-m", "worker", "demo", "--data", str(tmp_path / "demo")],
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+            stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def engine_runs() -> bool:
+        return any("llamacpp_main.py" in _command(process) for process in demo.children(recursive=True))
+
+    eventually(engine_runs, within_s=60)
+    started = demo.children(recursive=True)
+    demo.send_signal(ending)
+    assert demo.wait(60) == 1
+    assert [_command(process) for process in started if process.is_running()] == []
+    said = (tmp_path / "out").read_text()
+    assert "Everything is stopped." in said
+    assert "Traceback" not in said
 
 
 def _command(process: psutil.Process) -> str:

@@ -6,12 +6,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
+from common import keys
 from common.errors import InvalidRequest
 from worker.cli import read_requests
 
@@ -77,6 +83,21 @@ def test_what_the_operator_must_change_is_said_in_one_sentence(
     assert "Traceback" not in done.stderr
 
 
+def test_status_counts_what_waits_for_nobody(redis_url: str, redis_client: Any) -> None:
+    """Every priority's list counts: jobs that wait for the router, and those of models that nobody serves."""
+    for queue, counts in ((keys.SUBMIT_QUEUE, (1, 2, 0, 4)), (keys.model_queue("gone"), (0, 3, 1, 0))):
+        for name, count in zip(keys.lists_of(queue), counts, strict=True):
+            if count:
+                redis_client.rpush(name, *["message"] * count)
+    redis_client.set("model.no-list", "x")
+
+    found = json.loads(shiftworker("status", "--json", REDIS_URL=redis_url).stdout)
+    assert found == {"workers": [], "away": [], "unserved": {"gone": 4}, "waiting_for_router": 7}
+    said = shiftworker("status", REDIS_URL=redis_url).stdout
+    assert "No worker that is alive serves gone: 4 jobs wait" in said
+    assert "7 jobs wait for the router" in said
+
+
 def test_models_says_why_each_one_is_left_out() -> None:
     """Without network and files nothing can be served, and every model has its reason."""
     done = shiftworker("models", "--json", HF_HOME="/nonexistent", WORKER_HARDWARE="cpu")
@@ -84,6 +105,36 @@ def test_models_says_why_each_one_is_left_out() -> None:
     assert found["models"] == []
     assert len(found["left_out"]) >= 10
     assert all(found["left_out"].values())
+
+
+@pytest.mark.parametrize("ending", [signal.SIGHUP, signal.SIGTERM])
+def test_up_ends_with_its_terminal_and_leaves_nothing_running(tmp_path: Path, ending: signal.Signals) -> None:
+    """Its programs have sessions of their own: a hang-up reaches only `up`, which stops them. One to a folder."""
+    data = str(tmp_path / "data")
+    with up(data) as first:
+        started = first.children(recursive=True)
+        second = shiftworker("up", "--data", data, REDIS_URL="")
+        assert (second.returncode, "belongs to a Redis that runs already" in second.stderr) == (78, True)
+        first.send_signal(ending)
+        assert first.wait(60) == 0
+    assert len(started) >= 4
+    assert [process for process in started if process.is_running()] == []
+
+
+@contextmanager
+def up(data: str) -> Iterator[psutil.Popen]:
+    """Run `shiftworker up` on a stub engine until all its programs are started."""
+    with psutil.Popen(
+        [sys.executable, "-m", "worker", "up", "--data", data],
+        env={**os.environ, "REDIS_URL": "", "WORKER_STUB_ENGINE": "true", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert any("Ctrl-C stops everything" in line for line in process.stdout)
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
 
 
 def test_the_help_lists_every_command() -> None:

@@ -4,7 +4,6 @@ The demo: starts everything on free ports, answers the jobs, shows what happened
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def run_demo(jobs: Sequence[tuple[str, JobRequest]], data: Path, out: Console, *
     """
     Run the demo over *jobs*, each with its name; returns 0 only if every one has its answer.
 
-    With *stay* everything keeps running afterwards, until Ctrl-C.
+    With *stay* everything keeps running afterwards, until Ctrl-C. A signal to stop ends it early, and orderly.
     """
     began = time.monotonic()
     data = data.absolute()
@@ -47,11 +46,12 @@ def run_demo(jobs: Sequence[tuple[str, JobRequest]], data: Path, out: Console, *
         log.unlink()
 
     redis = EmbeddedRedis(data / f"redis-{time.time_ns()}")
-    redis.start()
     flower_port = free_port()
     supervisor = Supervisor(_programs(redis.url, flower_port, data), log_dir=data)
+    supervisor.ask_to_stop_on_signals()
     client = JobClient(redis.url)
     try:
+        redis.start()
         supervisor.start()
         out.print(f"Redis {redis.url}   Flower http://127.0.0.1:{flower_port}   logs {data}/*.log", highlight=False)
         _wait_until_ready(client, supervisor, data, out)
@@ -61,10 +61,13 @@ def run_demo(jobs: Sequence[tuple[str, JobRequest]], data: Path, out: Console, *
         names = [name for name, _ in jobs]
         shown = _job_table if out.width >= _WIDE else _job_lines
         out.print(shown(names, ids, outcomes), highlight=False)
-        if (status := _settled_status(client)) is not None:
+        if (status := _settled_status(client, supervisor)) is not None:
             out.print(status_panel(status))
         if stay:
-            _stay(supervisor, redis.url, out)
+            out.print(f"\nSend jobs of your own: REDIS_URL={redis.url} shiftworker submit 'Hello'. Ctrl-C stops all.")
+            supervisor.run()
+    except _ToldToStop:
+        return 1
     finally:
         client.close()
         supervisor.stop()
@@ -75,11 +78,16 @@ def run_demo(jobs: Sequence[tuple[str, JobRequest]], data: Path, out: Console, *
     return 0 if answered == len(jobs) else 1
 
 
-def _stay(supervisor: Supervisor, redis_url: str, out: Console) -> None:
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, lambda *_: supervisor.ask_to_stop())
-    out.print(f"\nSend jobs of your own: REDIS_URL={redis_url} shiftworker submit 'Hello'. Ctrl-C stops everything.")
-    supervisor.run()
+class _ToldToStop(Exception):
+    """A signal asked for the end."""
+
+
+def _look_after(supervisor: Supervisor) -> None:
+    """Revive what has died, and pause until the next look."""
+    if supervisor.asked_to_stop:
+        raise _ToldToStop
+    supervisor.look()
+    time.sleep(_LOOK_EVERY_S)
 
 
 def _models(data: Path, out: Console) -> DemoModels:
@@ -113,12 +121,12 @@ def _status(client: JobClient) -> HardwareStatus | None:
     return next(iter(client.hardware()), None)
 
 
-def _settled_status(client: JobClient) -> HardwareStatus | None:
+def _settled_status(client: JobClient, supervisor: Supervisor) -> HardwareStatus | None:
     """The status once the last job has left its queue and the board; the worker publishes every few seconds."""
     until = time.monotonic() + 2 * Settings.from_env().status.interval_s
     status = _status(client)
     while status and _busy(status) and time.monotonic() < until:
-        time.sleep(_LOOK_EVERY_S)
+        _look_after(supervisor)
         status = _status(client)
     return status
 
@@ -131,13 +139,12 @@ def _wait_until_ready(client: JobClient, supervisor: Supervisor, data: Path, out
     with out.status("starting router, worker and Flower") as line:
         until = time.monotonic() + _READY_S
         while time.monotonic() < until:
-            supervisor.look()
             status = _status(client)
             if status and any(resident.level == "ready" for resident in status.residents):
                 return
             if status and status.switching_to:
                 line.update(f"{status.switching_to}: {status.stage or 'asked for'}")
-            time.sleep(_LOOK_EVERY_S)
+            _look_after(supervisor)
     tail = (data / "worker.log").read_text(errors="replace")[-2000:]
     raise LoadFailed(f"No model was ready after {_READY_S:.0f} s. The worker's log ends with:\n{tail}")
 
@@ -152,14 +159,13 @@ def _follow(
         task = bar.add_task("", total=len(ids))
         until = time.monotonic() + timeout_s
         while len(outcomes) < len(ids) and time.monotonic() < until:
-            supervisor.look()
             for job_id in ids:
                 if job_id not in outcomes and (outcome := client.result(job_id)) is not None:
                     outcomes[job_id] = outcome
             status = _status(client)
             ready = ", ".join(resident.model for resident in status.residents) if status else "no worker"
             bar.update(task, completed=len(outcomes), description=ready)
-            time.sleep(_LOOK_EVERY_S)
+            _look_after(supervisor)
     return outcomes
 
 

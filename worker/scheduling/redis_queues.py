@@ -11,16 +11,7 @@ from common import keys
 from common.redis_client import RedisClient
 from worker.state.backlog import Backlog, Waiting
 
-# kombu keeps a list per priority step: the queue's own name for the first, a suffix for the others.
-PRIORITY_STEPS = (0, 3, 6, 9)
-_SEPARATOR = "\x06\x16"
-
 QUEUED_AT_HEADER = "shiftworker_queued_at"  # Unix seconds; Celery's messages carry no time of their own
-
-
-def lists_of(queue: str) -> tuple[str, ...]:
-    """The Redis lists that make up *queue*, first served first."""
-    return tuple(f"{queue}{_SEPARATOR}{step}" if step else queue for step in PRIORITY_STEPS)
 
 
 class RedisQueues:
@@ -34,11 +25,11 @@ class RedisQueues:
         """Read every model's queue."""
         with self._redis.pipeline(transaction=False) as pipe:
             for model in self._models:
-                for name in lists_of(keys.model_queue(model)):
+                for name in keys.lists_of(keys.model_queue(model)):
                     pipe.llen(name)
                     pipe.lindex(name, -1)  # the head: consumers pop from this end
             found = pipe.execute()
-        per_model = 2 * len(PRIORITY_STEPS)
+        per_model = 2 * len(keys.PRIORITY_STEPS)
         return Backlog(
             by_model={
                 model: _waiting(found[start : start + per_model])

@@ -8,8 +8,12 @@ from datetime import UTC, datetime
 from itertools import permutations
 from typing import Any
 
-from common.schemas import Offer, OfferedModel
+import pytest
+
+from common.schemas import JobRequest, Offer, OfferedModel
 from worker.routing.merge import merge_offers
+from worker.routing.route import route_job
+from worker.routing.score import Complexity
 
 
 def model(model_id: str, **changes: Any) -> OfferedModel:
@@ -20,9 +24,11 @@ def offer(worker: str, minute: int, *models: OfferedModel) -> Offer:
     return Offer(worker=worker, models=models, at=datetime(2026, 11, 21, 12, minute, tzinfo=UTC))
 
 
-def test_each_model_is_offered_once_whatever_the_order() -> None:
+@pytest.mark.parametrize("alive", ["abc", ""])
+def test_each_model_is_offered_once_whatever_the_order(alive: str) -> None:
     """
-    The newest offer of a model counts, with the greatest length any worker gives it; sorted by id.
+    The newest offer of a model counts, with the greatest length any worker gives it; sorted by id. Workers that are
+    all away count as those that are all there: their jobs wait.
     """
     offers = [
         offer("a", 1, model("small", max_model_len=8192, tier=1), model("large")),
@@ -31,11 +37,38 @@ def test_each_model_is_offered_once_whatever_the_order() -> None:
     ]
 
     for order in permutations(offers):
-        assert merge_offers(order) == (model("large"), model("middle"), model("small", max_model_len=8192, tier=2))
+        merged = merge_offers(order, alive=set(alive))
+        assert merged == (model("large"), model("middle"), model("small", max_model_len=8192, tier=2))
 
 
 def test_no_offers_are_no_models() -> None:
     """
     Before the first worker there is nothing to choose from.
     """
-    assert merge_offers([]) == ()
+    assert merge_offers([], alive={"a"}) == ()
+
+
+def test_a_worker_that_is_away_says_nothing_of_a_model_that_a_living_one_offers() -> None:
+    """
+    Not even with a newer offer: its length may be more than the living one can hold.
+    """
+    offers = [offer("gone", 9, model("small", max_model_len=8192, tier=2)), offer("here", 1, model("small"))]
+
+    assert merge_offers(offers, alive={"here"}) == (model("small"),)
+
+
+def test_auto_and_aliases_go_to_the_living_and_a_name_is_still_obeyed() -> None:
+    """
+    A model that only an absent worker offers can be named, and no job gets there in another way.
+    """
+    gone = offer("gone", 9, model("small-old", aliases=("Small", "old"), capabilities=("chat",)))
+    here = offer("here", 1, model("small-new", aliases=("small",), tier=3, capabilities=("chat",)))
+    models = merge_offers([gone, here], alive={"here"})
+    easy = Complexity(value=0.1, signals=())
+
+    def routed(name: str) -> str:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "model": name}
+        return route_job(JobRequest.parse(body), easy, models).model
+
+    chosen = {name: routed(name) for name in ("auto", "small", "old", "small-old")}
+    assert chosen == {"auto": "small-new", "small": "small-new", "old": "small-old", "small-old": "small-old"}
