@@ -29,7 +29,7 @@ from worker.engines.vllm_server import VllmServerEngine, find_python
 from worker.selection.placement import Placement
 
 REPOSITORY = Path(__file__).parents[2]
-LENGTH = 8192  # tokens; long enough that a request can be kept running for seconds on a tiny model
+LENGTH = 32768  # tokens; long enough that a request runs for a minute on a tiny model, however quick the machine
 SLOTS = 4
 START_S = 200  # vLLM imports for 30 s on two quiet cores, and longer on busy ones
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import EngineFailed, EngineNotReady, InvalidRequest, PromptTooLong
+from common.errors import EngineDied, EngineFailed, EngineNotReady, InvalidRequest, PromptTooLong
 from worker.engines.base import Completion
 
 _NOT_IMPLEMENTED = 501  # llama.cpp's word for "this model was not started for that"
@@ -28,11 +28,16 @@ def interpret(*, status: int, content: bytes, run_s: float) -> Completion:
         400-499 and 501: the body is at fault, in the engine's own words.
     EngineNotReady
         429 and 503: the engine is loading, or its queue is full.
+    EngineDied
+        200 with a part of an answer: vLLM gives what it has, as if it were whole, when it is told to end
+        (vllm/v1/engine/core.py; finish_reason "abort").
     EngineFailed
         Any other status, or an answer that is no JSON object.
     """
     body = _object(content)
     if status == 200 and body is not None:  # noqa: PLR2004 - HTTP's own names are less readable
+        if _aborted(body):
+            raise EngineDied("The engine was ended in the middle of its answer.")
         return _completion(body, run_s)
 
     error = body.get("error") if body is not None else None
@@ -61,6 +66,12 @@ def _completion(body: Mapping[str, Any], run_s: float) -> Completion:
         prompt_tokens=usage.get("prompt_tokens"),
         completion_tokens=usage.get("completion_tokens"),
     )
+
+
+def _aborted(body: Mapping[str, Any]) -> bool:
+    choices = body.get("choices")
+    found = choices if isinstance(choices, list) else []
+    return any(isinstance(choice, dict) and choice.get("finish_reason") == "abort" for choice in found)
 
 
 def _object(content: bytes) -> dict[str, Any] | None:

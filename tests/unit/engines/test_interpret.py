@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common.errors import (
+    EngineDied,
     EngineFailed,
     EngineNotReady,
     InvalidRequest,
@@ -92,3 +93,12 @@ def test_what_an_engine_does_not_say_stays_unknown() -> None:
     done = interpret(status=200, content=b'{"choices": [], "usage": null}', run_s=2)
 
     assert (done.prefill_s, done.decode_s, done.prompt_tokens, done.completion_tokens) == (None, None, None, None)
+
+
+def test_a_part_of_an_answer_is_no_answer() -> None:
+    """
+    vLLM that is told to end gives what it has with status 200; stored, it would pass for the whole answer.
+    """
+    choices = [{"message": {"content": "Once upon"}, "finish_reason": "abort"}]
+    with pytest.raises(EngineDied):
+        interpret(status=200, content=json.dumps({"choices": choices}).encode(), run_s=1.0)
