@@ -64,6 +64,5 @@ def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
         "task_create_missing_queues": True,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
-        "worker_soft_shutdown_timeout": settings.worker.soft_shutdown_s,
         "timezone": "UTC",
     }

@@ -1,5 +1,5 @@
 """
-What every ring of tests shares: a Redis of its own on a free port.
+What every ring of tests shares: a Redis of its own on a free port; tests marked `gpu` skip without a card.
 """
 
 from __future__ import annotations
@@ -7,10 +7,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from common.redis_client import RedisClient, connect
 from worker.embedded_redis import EmbeddedRedis
+from worker.hardware.nvml import NvmlReader
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a card where NVML shows none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _why_no_card()) is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_card() -> str | None:
+    try:
+        return None if NvmlReader().read().gpus else "NVML shows no card"
+    except pynvml.NVMLError as error:
+        return f"no NVML: {error}"
 
 
 @pytest.fixture(scope="session")

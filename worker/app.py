@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -14,11 +15,10 @@ from celery import Celery, bootsteps, signals
 from celery.worker.control import Panel
 from kombu import Queue
 
-from common.logs import get_logger
 from worker.delivery.lease import Lease
-from worker.delivery.pool import TaskPool, leaving
+from worker.delivery.pool import TaskPool, leaving, running
 
-logger = get_logger(__name__)
+_LOOK_EVERY_S = 0.05  # for the end of the last running job, while the process leaves
 
 
 class ConsumerProcess:
@@ -31,8 +31,10 @@ class ConsumerProcess:
         What Celery, Flower and `celery inspect` know the process by.
     own_queues
         Consumed from the start; a worker's model queues are added while it runs.
+    grace_s
+        How long running jobs may take after the process was told to stop; then they go back to their queue.
     on_leaving
-        Called from a signal handler, as soon as the process is told to stop: must only set flags.
+        Called from a signal handler, as soon as the process is told to stop: must return at once.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class ConsumerProcess:
         name: str,
         lease: Lease,
         concurrency: int,
+        grace_s: float,
         own_queues: Sequence[str] = (),
         steps: Sequence[type[bootsteps.StartStopStep]] = (),
         on_leaving: Callable[[], None] = lambda: None,
@@ -51,7 +54,9 @@ class ConsumerProcess:
         self._lease = lease
         self._concurrency = concurrency
         self._own_queues = frozenset(own_queues)
+        self._grace_s = grace_s
         self._on_leaving = on_leaving
+        self._hurry = False
         app.steps["consumer"].update(steps)
 
     def run(self) -> int:
@@ -82,24 +87,30 @@ class ConsumerProcess:
 
     def _listen_for_the_end(self, **_: Any) -> None:
         """
-        Hear of a stop before Celery does.
+        Take SIGTERM, SIGQUIT and Ctrl-C: a grace for what runs, then Celery's cold shutdown, which gives back the rest.
 
-        Celery tells (worker_shutting_down) only after the soft shutdown's wait, when jobs were told to stop.
+        Celery's own soft shutdown sleeps its whole timeout, also when the last job ends at once, and tells of the
+        stop (worker_shutting_down) only afterwards.
         """
-        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
-            celerys = signal.getsignal(number)
-            if callable(celerys):
-                signal.signal(number, self._leave_then(celerys))
+        celerys_cold_shutdown = signal.getsignal(signal.SIGQUIT)
 
-    def _leave_then(
-        self, celerys: Callable[[int, FrameType | None], object]
-    ) -> Callable[[int, FrameType | None], None]:
         def handle(number: int, frame: FrameType | None) -> None:
+            if leaving.is_set():  # again: whoever stops us is in a hurry
+                self._hurry = True
+                return
             leaving.set()
             self._on_leaving()
-            celerys(number, frame)
+            self._wait_for_running_jobs()
+            if callable(celerys_cold_shutdown):
+                celerys_cold_shutdown(number, frame)
 
-        return handle
+        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+            signal.signal(number, handle)
+
+    def _wait_for_running_jobs(self) -> None:
+        until = time.monotonic() + self._grace_s
+        while running() and not self._hurry and time.monotonic() < until:
+            time.sleep(_LOOK_EVERY_S)
 
 
 def _leave_logging_alone(**_: Any) -> None:

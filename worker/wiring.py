@@ -179,6 +179,7 @@ def run_router(settings: Settings) -> int:
         name=name,
         lease=_lease(app, settings, owner),
         concurrency=_ROUTER_THREADS,
+        grace_s=settings.worker.soft_shutdown_s,
         own_queues=[keys.SUBMIT_QUEUE],
         steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
     )
@@ -285,6 +286,7 @@ class _Worker:
             name=process_name("worker", settings),
             lease=_lease(self._app, settings, owner),
             concurrency=settings.worker.concurrency,
+            grace_s=settings.worker.soft_shutdown_s,
             steps=[
                 consumer.step(),
                 control_lane(keys.control_queue(self._name)),

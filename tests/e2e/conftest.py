@@ -33,6 +33,8 @@ LEASE_S = 3  # what a killed worker held comes back after one to two of these
 if DOCKER:
     from tests.e2e.containers import *  # noqa: F403
 
+    collect_ignore = ["test_deaths.py", "test_vllm.py"]  # they look into the processes, or bring an engine of theirs
+
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:

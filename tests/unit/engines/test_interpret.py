@@ -97,7 +97,7 @@ def test_what_an_engine_does_not_say_stays_unknown() -> None:
 
 def test_a_part_of_an_answer_is_no_answer() -> None:
     """
-    vLLM that is told to end gives what it has with status 200; stored, it would pass for the whole answer.
+    An engine that is told to end gives what it has with status 200; stored, it would pass for the whole answer.
     """
     choices = [{"message": {"content": "Once upon"}, "finish_reason": "abort"}]
     with pytest.raises(EngineDied):
