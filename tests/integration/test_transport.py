@@ -5,6 +5,7 @@ The transport's invariants, on a real Redis.
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from queue import Empty
 from typing import Any
 
@@ -213,9 +214,16 @@ def test_closing_over_a_dead_socket_does_not_raise(redis_url: str) -> None:
     assert inbox.channel.closed
 
 
-def test_a_task_keeps_its_id_and_eta_over_the_transport(redis_url: str) -> None:
-    """Celery's own messages pass: the app resolves the transport from the setting, with a plain redis:// URL."""
-    app = Celery("t", broker=redis_url, backend=redis_url)
+def test_a_task_keeps_its_id_and_eta_over_the_transport(redis_url: str, redis_client: Any) -> None:
+    """Celery's own messages pass: the app takes the transport from the setting, with a plain redis:// URL."""
+    app = Celery("t", broker=redis_url, set_as_current=False)
     app.conf.broker_transport = "common.transport:Transport"
-    with app.connection_for_write() as conn:
-        assert isinstance(conn.default_channel, Channel)
+    eta = datetime(2100, 1, 1, tzinfo=UTC)
+    app.send_task("any.task", args=[{}], task_id="job-1", eta=eta, queue=QUEUE.name)
+    app.close()
+    assert redis_client.xlen(keys.WAKE) == 1  # stock kombu would wake nobody
+
+    with connection(redis_url) as conn:
+        [message] = Inbox(conn).take()
+    sent = {name: message.headers[name] for name in ("task", "id", "eta")}
+    assert sent == {"task": "any.task", "id": "job-1", "eta": eta.isoformat()}

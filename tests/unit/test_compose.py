@@ -4,7 +4,10 @@ compose.yml holds together: it has not been run where it was written, so what ca
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +80,17 @@ def test_variables_that_are_passed_on_are_settings() -> None:
 
     assert used == {"WORKER_NAME", "FLOWER_USER", "FLOWER_PASSWORD", "FLOWER_PORT"}
     assert used <= known
+
+
+def test_the_e2e_tests_can_be_planned_on_containers() -> None:
+    """
+    No Docker engine has run them here; their modules import, and pytest finds every fixture they ask for.
+    """
+    planned = subprocess.run(
+        [sys.executable, "-m", "pytest", "--setup-plan", "-q", "tests/e2e/test_journey.py"],
+        cwd=ROOT, env={**os.environ, "TEST_NODES": "docker"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "our_image" in planned.stdout
+    assert "worker_container" in planned.stdout
