@@ -7,12 +7,13 @@ Not run where it was written: there was no card. VLLM_PYTHON names the Python th
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from common.settings import VllmSettings
+from common.settings import Settings
 from tests.models import make_tiny_hf
 from tests.waiting import eventually
 from worker.catalog.download import resolve_files
@@ -32,15 +33,15 @@ MIB = 2**20
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[VllmServerEngine]:
-    """VLLM on the card."""
+def engine() -> Iterator[VllmServerEngine]:
+    """The real vLLM, for the card."""
     if not os.environ.get("VLLM_PYTHON"):
         pytest.skip("set VLLM_PYTHON to the Python that has vLLM's CUDA build")
-    found = VllmServerEngine(
-        run_dir=tmp_path / "run", files_of=resolve_files, python=find_python(VllmSettings.from_env())
-    )
-    yield found
-    found.close()
+    python = find_python(Settings.from_env().vllm)
+    with tempfile.TemporaryDirectory(prefix="sw-") as run_dir:  # short: a socket's path has 107 characters at most
+        found = VllmServerEngine(run_dir=Path(run_dir), files_of=resolve_files, python=python)
+        yield found
+        found.close()
 
 
 def test_nvml_reads_the_card() -> None:
