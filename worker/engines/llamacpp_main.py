@@ -22,6 +22,7 @@ def main() -> None:
     params.n_parallel = options.parallel
     params.n_gpu_layers = options.n_gpu_layers
     params.fit_params = options.fit == "on"
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
     params.n_threads_http = options.threads_http
     params.cache_ram_mib = options.cache_ram
     params.verbosity = options.log_verbosity
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parallel", type=int, required=True)
     parser.add_argument("--n-gpu-layers", type=int, default=0)
     parser.add_argument("--fit", choices=("on", "off"), default="on")
+    parser.add_argument("--threads", type=int, default=-1, help="-1 = as many as there are cores")
     parser.add_argument("--threads-http", type=int, default=-1)
     parser.add_argument("--cache-ram", type=int, default=8192, help="MiB")
     parser.add_argument("--log-verbosity", type=int, default=3)

@@ -38,19 +38,24 @@ class LlamaCppEngine(ServerEngine):
 
     kind: ClassVar[EngineKind] = EngineKind.LLAMACPP
 
-    def __init__(self, *, run_dir: Path, files_of: FilesOf, server: Sequence[str]) -> None:
+    def __init__(
+        self, *, run_dir: Path, files_of: FilesOf, server: Sequence[str], cpu_count: int | None = None
+    ) -> None:
         super().__init__(run_dir=run_dir, files_of=files_of)
         self._server = tuple(server)
+        self._cpu_count = cpu_count or os.cpu_count() or 1
 
     def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
         """Say how to start llama.cpp."""
         return Launch(
-            command=command(placement, server=self._server, model=files, socket=socket),
+            command=command(placement, server=self._server, model=files, socket=socket, cpu_count=self._cpu_count),
             env=engine_environment(os.environ, gpus=placement.gpus),
         )
 
 
-def command(placement: Placement, *, server: Sequence[str], model: Path | str, socket: Path) -> list[str]:
+def command(
+    placement: Placement, *, server: Sequence[str], model: Path | str, socket: Path, cpu_count: int
+) -> list[str]:
     """Build the command line of llama.cpp's server; `llamacpp_main` reads the same one."""
     slots = placement.max_num_seqs
     layers = ALL_LAYERS if placement.n_gpu_layers < 0 else placement.n_gpu_layers
@@ -58,6 +63,9 @@ def command(placement: Placement, *, server: Sequence[str], model: Path | str, s
     # llama.cpp divides the context among its slots; each of ours gets the whole length.
     line += ["--ctx-size", str(placement.max_model_len * slots), "--parallel", str(slots)]
     line += ["--n-gpu-layers", str(layers), "--fit", "off"]  # the placement is decided already
+    # One core for the worker: llama.cpp's threads wait for each other at every layer, and on two busy cores two of
+    # them took 18 s where one took 3 to 9 (6 x 200 tokens).
+    line += ["--threads", str(max(1, cpu_count - 1))]
     # A kept connection occupies a thread, so there must be one for each that we may open, and for the health check.
     line += ["--threads-http", str(MAX_CONNECTIONS + 4)]
     line += ["--cache-ram", "0"]  # else up to 8 GiB of old prompts, which no estimate knows of

@@ -25,7 +25,8 @@ def vllm(model: Path | str = "org/name", **changes: Any) -> list[str]:
 
 
 def llamacpp(**changes: Any) -> list[str]:
-    return llamacpp_server.command(make_placement(**changes), server=["llama-server"], model="m.gguf", socket=SOCKET)
+    placement = make_placement(**changes)
+    return llamacpp_server.command(placement, server=["llama-server"], model="m.gguf", socket=SOCKET, cpu_count=4)
 
 
 def value(line: list[str], flag: str) -> str | None:
@@ -83,6 +84,11 @@ def test_llamacpp_gives_each_slot_the_whole_length() -> None:
 def test_llamacpp_gets_the_layers_of_the_placement(layers: int, flag: str) -> None:
     """All is said with a number: llama.cpp's -1 leaves it to llama.cpp."""
     assert value(llamacpp(n_gpu_layers=layers), "--n-gpu-layers") == flag
+
+
+def test_llamacpp_leaves_a_core_to_the_worker() -> None:
+    """Its threads wait for each other, so one that has to share a core holds up all."""
+    assert value(llamacpp(), "--threads") == "3"
 
 
 def test_llamacpp_serves_embeddings_if_the_model_is_for_them() -> None:
