@@ -63,7 +63,10 @@ class Supervisor:
             self.look()
 
     def ask_to_stop(self) -> None:
-        """Let `run` return."""
+        """Let `run` return; asked again, tell every program again: ours take that as a hurry."""
+        if self._ending.is_set():
+            for running in self._running.values():
+                running.tell()
         self._ending.set()
 
     def ask_to_stop_on_signals(self) -> None:
@@ -129,10 +132,12 @@ class _Running:
             self._start_at = None
             self.process = self._start()
 
+    def tell(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
     def end(self) -> None:
-        if self.process.poll() is not None:
-            return
-        self.process.send_signal(signal.SIGTERM)
+        self.tell()
         try:
             self.process.wait(self._program.stop_s)
         except subprocess.TimeoutExpired:

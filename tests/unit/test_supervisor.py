@@ -5,6 +5,7 @@ The supervisor keeps programs running, and ends them in order, to the last proce
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,12 @@ STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {FORE
 TELL_END = (
     "import os, signal, sys; signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'a').write(sys.argv[2]), "
     "os._exit(0))); print('up', flush=True); signal.pause()"
+)
+
+
+AT_THE_SECOND = (
+    "import os, signal; told = []; signal.signal(signal.SIGTERM, lambda *_: (told.append(1), print('told', flush=True), "
+    "len(told) == 2 and os._exit(0))); print('up', flush=True); [signal.pause() for _ in iter(int, 1)]"
 )
 
 
@@ -72,3 +79,16 @@ def test_asking_to_stop_ends_the_run(tmp_path: Path) -> None:
     supervisor.stop()
     with pytest.raises(psutil.NoSuchProcess):
         psutil.Process(supervisor.pid("one"))
+
+
+def test_asked_again_the_programs_are_told_again(tmp_path: Path) -> None:
+    """A second Ctrl-C: a worker then no longer waits for its running jobs."""
+    supervisor = Supervisor([program("slow", AT_THE_SECOND, stop_s=60)], log_dir=tmp_path)
+    started(supervisor, tmp_path, "slow")
+    supervisor.ask_to_stop()
+    stopping = threading.Thread(target=supervisor.stop)
+    stopping.start()
+    eventually(lambda: "told" in (tmp_path / "slow.log").read_text())
+    supervisor.ask_to_stop()
+    stopping.join(10)
+    assert not stopping.is_alive()
