@@ -20,7 +20,8 @@ def main(question: str) -> None:
     app = Celery("producer", broker=REDIS_URL, backend=REDIS_URL)
     job = {"model": "auto", "messages": [{"role": "user", "content": question}], "max_tokens": 96}
 
-    result = app.send_task("shiftworker.submit", args=[job], queue="shiftworker")
+    # argsrepr: without it the prompt stands in Celery's events, for everyone who can open Flower.
+    result = app.send_task("shiftworker.submit", args=[job], queue="shiftworker", argsrepr="(job)")
     print("job     ", result.id)
 
     # A failed job raises its error here, by class name: InvalidRequest, PromptTooLong, JobCancelled, ...

@@ -5,15 +5,21 @@ The producer's side on a real Redis, without a router: what a waiter hears, and 
 from __future__ import annotations
 
 import gc
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery, states
 from celery.exceptions import TaskRevokedError
 
-from common import JobClient, JobState, Ledger, NotEndedYet, Outcome, PromptTooLong
+from common import JobClient, JobState, Ledger, NotEndedYet, Outcome, PromptTooLong, keys
 from common.errors import JobCancelled
 from common.redis_job_store import RedisJobStore
 from common.schemas import ErrorBody
@@ -22,6 +28,7 @@ from tests.waiting import eventually
 # celery 5.7.0 stores results with SETEX, which redis-py calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
 
+ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -81,6 +88,20 @@ def test_a_wait_that_is_over_looks_at_the_record_first(
     RedisJobStore(redis_client, ttl_s=60).finish(Outcome(job_id=job_id, state=JobState.FAILED, error=error))
     with pytest.raises(PromptTooLong):
         waiter.result(timeout=10)
+
+
+@pytest.mark.parametrize("example", ["producer.py", "producer_client.py"])
+def test_the_shipped_examples_keep_prompts_out_of_celerys_events(
+    redis_url: str, redis_client: Any, example: str
+) -> None:
+    """What Flower shows of a task's arguments is what the producer says of them: no word of the prompt."""
+    command = [sys.executable, str(ROOT / "examples" / example)]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "REDIS_URL": redis_url}) as producer:
+        eventually(lambda: redis_client.llen(keys.SUBMIT_QUEUE), what="the job is sent")
+        producer.kill()
+    headers = json.loads(redis_client.lindex(keys.SUBMIT_QUEUE, -1))["headers"]
+    assert re.fullmatch(r"\((job|chat, \d+ characters)\)", headers["argsrepr"])
+    assert headers["kwargsrepr"] == "{}"
 
 
 def test_a_record_that_has_expired_is_read_from_celerys_copy(client: JobClient, redis_url: str) -> None:
