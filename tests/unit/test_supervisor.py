@@ -23,8 +23,9 @@ TELL_END = (
 
 
 AT_THE_SECOND = (
-    "import os, signal; told = []; signal.signal(signal.SIGTERM, lambda *_: (told.append(1), print('told', flush=True), "
-    "len(told) == 2 and os._exit(0))); print('up', flush=True); [signal.pause() for _ in iter(int, 1)]"
+    "import os, signal; told = []; "
+    "signal.signal(signal.SIGTERM, lambda *_: (told.append(1), print('told', flush=True), told[1:] and os._exit(0))); "
+    "print('up', flush=True); [signal.pause() for _ in iter(int, 1)]"
 )
 
 
