@@ -15,7 +15,9 @@ import pytest
 from celery import Celery
 from celery.exceptions import TaskRevokedError
 
+from common import keys
 from common.errors import DeadlineExceeded, InvalidRequest, JobCancelled, PromptTooLong, UnknownModel
+from common.redis_client import connect
 from common.schemas import JobState
 from tests.e2e.conftest import Box
 from tests.waiting import eventually
@@ -137,9 +139,18 @@ def test_a_waiting_job_that_is_cancelled_never_runs(box: Box) -> None:
     eventually(lambda: box.client.status(waiting).state is JobState.ROUTED)
     assert box.client.cancel(waiting)
     assert box.client.result(waiting).state is JobState.CANCELLED
+    assert box.setup.app.AsyncResult(waiting).state == "REVOKED"
     for job in running:
         job.get(timeout=60)
-    eventually(lambda: box.setup.app.AsyncResult(waiting).state == "REVOKED", within_s=30)
+    redis = connect(box.url)
+    eventually(
+        lambda: not redis.exists(*keys.lists_of(keys.model_queue("large")), keys.UNACKED),
+        within_s=30,
+        what="its message is thrown away",
+    )
+    redis.close()
+    assert box.client.status(waiting).attempts == 0
+    assert box.setup.app.AsyncResult(waiting).state == "REVOKED"
     assert not box.client.cancel(waiting)
 
 

@@ -25,9 +25,6 @@ from common.redis_job_store import RedisJobStore
 from common.schemas import ErrorBody
 from tests.waiting import eventually
 
-# celery 5.7.0 stores results with SETEX, which redis-py calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")
-
 ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
 
