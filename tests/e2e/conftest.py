@@ -88,8 +88,10 @@ def celery_backend(request: pytest.FixtureRequest) -> Any:
 if not DOCKER:
 
     @pytest.fixture
-    def default_redis_broker(tmp_path: Path) -> RedisNode:
-        return RedisNode(tmp_path / "redis")
+    def default_redis_broker(tmp_path: Path) -> Iterator[RedisNode]:
+        node = RedisNode(tmp_path / "redis")
+        yield node
+        node.teardown()
 
     @pytest.fixture
     def default_redis_backend(default_redis_broker: RedisNode) -> RedisNode:

@@ -13,11 +13,13 @@ from common.redis_client import connect
 from worker.embedded_redis import EmbeddedRedis
 
 
-def test_a_second_server_in_the_folder_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+def test_a_second_server_in_the_folder_is_refused_and_told_of_the_first(
+    own_redis: EmbeddedRedis, tmp_path: Path
+) -> None:
     """Two servers would append to one file; the message names the first one, and the folder is free once it ends."""
-    first, second = EmbeddedRedis(tmp_path), EmbeddedRedis(tmp_path)
-    first.start()
-    with pytest.raises(Misconfigured, match=rf"{tmp_path} belongs to .* process \d+ at {first.url}.*REDIS_URL.*--data"):
+    folder = tmp_path / "redis"
+    first, second = own_redis, EmbeddedRedis(folder)
+    with pytest.raises(Misconfigured, match=rf"{folder} belongs to .* process \d+ at {first.url}.*REDIS_URL.*--data"):
         second.start()
     assert not second.running
 
