@@ -57,7 +57,7 @@ def test_jobs_run_on_vllm_and_survive_its_death(box: Box) -> None:
     core = next(p for p in tree if "EngineCore" in " ".join(p.cmdline()))
     core.kill()
     results = [job.get(timeout=240) for job in sent]
-    assert {r["ledger"]["attempt"] for r in results} == {2}
+    assert max(r["ledger"]["attempt"] for r in results) == 2
 
     tree = psutil.Process(box.worker.container.process.pid).children(recursive=True)
     assert len(tree) >= 3

@@ -13,9 +13,8 @@ def merge_offers(offers: Sequence[Offer], *, alive: Collection[str]) -> tuple[Of
     """
     Join *offers* into one list of models, in order of their ids; *alive* names the workers that are there now.
 
-    1. Is any of these workers alive? Then its offer counts; a model that only absent workers offer can still be
-                                      named, and its jobs wait, but "auto" does not choose it, and an alias that
-                                      the living use is theirs alone.
+    1. Is any of these workers alive? Then its offer counts; what only absent workers offer is marked as away, and
+                                      an alias that the living use is theirs alone.
     2. Are all of them away?          Then every offer counts: the jobs wait for whoever comes back.
 
     Of a model that several counted workers offer, the newest offer counts, with the greatest length that any of
@@ -28,7 +27,7 @@ def merge_offers(offers: Sequence[Offer], *, alive: Collection[str]) -> tuple[Of
         taken = {name.casefold() for model in living.values() for name in (model.id, *model.aliases)}
         away = {
             model.id: model.model_copy(
-                update={"auto": False, "aliases": tuple(name for name in model.aliases if name.casefold() not in taken)}
+                update={"away": True, "aliases": tuple(name for name in model.aliases if name.casefold() not in taken)}
             )
             for model in away.values()
         }

@@ -29,6 +29,7 @@ def route_job(request: JobRequest, complexity: Complexity, models: Sequence[Offe
     1. Which models are meant?            The one that is named, if any; else those that "auto" may choose.
     2. Which of them can do it?           Tools, images, JSON and embeddings need a model that declares them.
     3. Which could hold the prompt?       Refused only where it certainly cannot; the exact count is the engine's.
+                                          Of those the ones that are here; else the job waits for one that is away.
     4. Which hold prompt and answer by a  Those; if none does, the longest.
        careful estimate?
     5. Which is the cheapest that is      That one, or the strongest if none is. Ties go by tier, then by id.
@@ -64,6 +65,8 @@ def route_job(request: JobRequest, complexity: Complexity, models: Sequence[Offe
             f"The prompt has at least {least:,} tokens; {longest.id} takes {longest.max_model_len:,}, answer included. "
             "Send a shorter prompt, or name a model with a greater length."
         )
+
+    possible = [model for model in possible if not model.away] or possible
 
     # (4) Roomy.
     reach = min(_likely_tokens(request), max(model.max_model_len for model in possible))

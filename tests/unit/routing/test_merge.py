@@ -72,3 +72,21 @@ def test_auto_and_aliases_go_to_the_living_and_a_name_is_still_obeyed() -> None:
 
     chosen = {name: routed(name) for name in ("auto", "small", "old", "small-old")}
     assert chosen == {"auto": "small-new", "small": "small-new", "old": "small-old", "small-old": "small-old"}
+
+
+def test_what_only_an_absent_worker_can_do_waits_for_it() -> None:
+    """
+    A worker that restarts must not make the router refuse what it alone can take.
+    """
+    gone = offer("gone", 9, model("eyes", capabilities=("chat", "vision"), max_model_len=9000))
+    here = offer("here", 1, model("plain", capabilities=("chat",)))
+    models = merge_offers([gone, here], alive={"here"})
+    picture = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+
+    def routed(content: Any) -> str:
+        request = JobRequest.parse({"messages": [{"role": "user", "content": content}]})
+        return route_job(request, Complexity(value=0.1, signals=()), models).model
+
+    assert routed("Hi") == "plain"
+    assert routed(picture) == "eyes"
+    assert routed("word " * 3000) == "eyes"
