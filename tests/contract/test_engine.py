@@ -4,7 +4,6 @@ What every engine promises, shown on each: the stub, llama.cpp and vLLM, the las
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,19 +15,19 @@ import psutil
 import pytest
 
 from common.errors import EngineDied, EngineNotReady, EngineTimeout, InvalidRequest, LoadFailed, PromptTooLong
-from common.settings import LlamaCppSettings, VllmSettings
+from common.settings import LlamaCppSettings
 from tests.factories import make_placement, make_spec
 from tests.models import make_tiny_hf
+from tests.vllm_here import vllm_python
 from tests.waiting import eventually
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.demo.tiny_models import make_tiny_gguf
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.stub import StubEngine
-from worker.engines.vllm_server import VllmServerEngine, find_python
+from worker.engines.vllm_server import VllmServerEngine
 from worker.selection.placement import Placement
 
-REPOSITORY = Path(__file__).parents[2]
 LENGTH = 32768  # tokens; long enough that a request runs for a minute on a tiny model, however quick the machine
 SLOTS = 4
 START_S = 200  # vLLM imports for 30 s on two quiet cores, and longer on busy ones
@@ -109,12 +108,10 @@ def llamacpp_kit(folder: Path) -> Kit:
 
 
 def vllm_kit(folder: Path) -> Kit:
-    if not (REPOSITORY / ".venv-vllm").exists() and not os.environ.get("CI"):
-        pytest.skip("no .venv-vllm; `make setup` makes it")
     model = make_tiny_hf(folder / "tiny-hf", context=LENGTH)
     spec = make_spec("tiny-hf", engine=EngineKind.VLLM, path=model, repo=None, file=None)
-    python = find_python(VllmSettings(), beside=REPOSITORY)
-    return server_kit(VllmServerEngine(run_dir=folder / "run", files_of=files_of, python=python), spec)
+    engine = VllmServerEngine(run_dir=folder / "run", files_of=files_of, python=vllm_python())
+    return server_kit(engine, spec)
 
 
 def files_of(spec: ModelSpec) -> Path:
@@ -303,12 +300,9 @@ def test_a_broken_gguf_file_fails_to_load_with_the_reason(tmp_path: Path) -> Non
 @pytest.mark.vllm
 def test_a_length_beyond_the_model_fails_to_load_with_the_reason(tmp_path: Path) -> None:
     """The words of vLLM itself reach the operator, and not the generic line that ends its log."""
-    if not (REPOSITORY / ".venv-vllm").exists() and not os.environ.get("CI"):
-        pytest.skip("no .venv-vllm; `make setup` makes it")
     model = make_tiny_hf(tmp_path / "hf", context=2048)
     spec = make_spec("short", engine=EngineKind.VLLM, path=model, repo=None, file=None)
-    python = find_python(VllmSettings(), beside=REPOSITORY)
-    engine = VllmServerEngine(run_dir=tmp_path / "run", files_of=files_of, python=python)
+    engine = VllmServerEngine(run_dir=tmp_path / "run", files_of=files_of, python=vllm_python())
 
     with pytest.raises(LoadFailed, match=r"User-specified max_model_len \(100000\) is greater than"):
         engine.ensure_ready(make_placement("short", spec=spec, max_model_len=100_000), timeout_s=START_S)
