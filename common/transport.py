@@ -148,7 +148,7 @@ class QoS(stock.QoS):
         with self.channel.conn_or_acquire() as client:
             client.eval(_ACK, 3, *_DELIVERIES, tag, self.channel.owner)
 
-    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: FBT001, FBT002
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
         """Put our delivery *tag* back on its queue: at the head, or at the back with *leftmost*."""
         give_back(self.channel, tag, owner=self.channel.owner, client=client, side="back" if leftmost else "head")
 
@@ -277,7 +277,7 @@ class Channel(stock.Channel):
             raise Empty
         return loads(bytes_to_str(item))
 
-    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002 - kombu's signature
         """Get one message without waiting; with *no_ack* it is acknowledged before it is returned."""
         message = super().basic_get(queue, no_ack=False, **kwargs)
         if message is not None and no_ack:
@@ -312,7 +312,7 @@ class Channel(stock.Channel):
             self.do_restore = False
         super().close()
 
-    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - kombu's signature
         """Connection parameters; the last known once the transport is gone, for jobs that outlive it."""
         if self.connection is not None and self.connection.client is not None:
             self._connection_params[asynchronous] = super()._connparams(asynchronous)

@@ -31,7 +31,7 @@ DOCKER = os.environ.get("TEST_NODES", "process") == "docker"
 LEASE_S = 3  # what a killed worker held comes back after one to two of these
 
 if DOCKER:
-    from tests.e2e.containers import *  # noqa: F403
+    from tests.e2e.containers import *  # noqa: F403 - fixtures are found by name
 
     collect_ignore = ["test_deaths.py", "test_vllm.py"]  # they look into the processes, or bring an engine of theirs
 

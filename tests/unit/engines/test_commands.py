@@ -64,7 +64,7 @@ def test_vllm_takes_a_revision_for_a_repository_only() -> None:
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_vllm_runs_a_models_code_only_if_the_catalogue_says_so(trusted: bool) -> None:  # noqa: FBT001
+def test_vllm_runs_a_models_code_only_if_the_catalogue_says_so(trusted: bool) -> None:  # noqa: FBT001 - a parameter
     """Off unless the entry says so."""
     assert ("--trust-remote-code" in vllm(spec=make_spec(trust_remote_code=trusted))) is trusted
 

@@ -72,7 +72,7 @@ def test_a_card_that_is_gone_is_named() -> None:
 
 
 @pytest.mark.parametrize(("available_gib", "refused"), [(1.5, False), (1.4, True)])
-def test_without_a_card_the_host_s_memory_counts(available_gib: float, refused: bool) -> None:  # noqa: FBT001
+def test_without_a_card_the_host_s_memory_counts(available_gib: float, refused: bool) -> None:  # noqa: FBT001 - a parameter
     """What is available, not what there is in all."""
     problems = check_load(make_machine(ram_gib=64, ram_available_gib=available_gib), make_placement(), LIMITS)
 

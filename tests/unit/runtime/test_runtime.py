@@ -175,7 +175,7 @@ def test_the_status_is_published_every_few_seconds(beat: Beat) -> None:
         ),
     ],
 )
-def test_the_status_is_published_at_every_change(beat: Beat, change: Residency, at_once: bool) -> None:  # noqa: FBT001
+def test_the_status_is_published_at_every_change(beat: Beat, change: Residency, at_once: bool) -> None:  # noqa: FBT001 - a parameter
     """Of who is loaded and how far, of switches and of quarantines; jobs in and out are no change."""
     beat.world.is_loaded = with_ready("a")
     beat()
