@@ -1,0 +1,246 @@
+"""
+Reads a Hugging Face config.json, whole or poor, as an `Architecture`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from worker.catalog.architecture import Architecture, Block, Matrix, RopeTable, Shard
+from worker.catalog.hf_facts import FAMILIES, UNLIKE, Facts, find_family
+from worker.catalog.hf_layers import (
+    Mixer,
+    expert_width,
+    has_experts,
+    head_dim_of,
+    mixer_parts,
+    mixers_of,
+    mlp_parts,
+    small,
+)
+from worker.catalog.hf_quantization import named_quantization, read_quantization
+from worker.catalog.quantization import Quantization
+
+_TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
+_WIDE = {"float32", "float", "torch.float32", "fp32"}
+_LARGEST_FACTOR = 1000
+_SEES = re.compile(r"(?i)-vl\b|vision|llava|pixtral|omni")
+
+
+def read_config(config: Mapping[str, Any], *, name: str | None = None, quantization: str | None = None) -> Architecture:
+    """
+    Read *config*; never raises: what it leaves open is in `assumed`, `unknown_weights` and `unknown_cache`.
+
+    *name* is the model's, for what the config does not say; *quantization* the method that the engine is told.
+    """
+    text = next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), config)
+    kind, said_by = find_family(config, text, name)
+    facts = Facts({**config, **text} if text is not config else config, FAMILIES.get(kind))
+    if said_by == "name":
+        facts.assumed.append(f"the family {kind}, from the model's name")
+    elif said_by == "config" and kind in UNLIKE:
+        facts.unknown.append(f"the architecture {kind}")
+    elif said_by == "config" and kind not in FAMILIES:
+        facts.assumed.append(f"the architecture {kind} is not known here: counted as a decoder like Llama")
+
+    blocks, outside = _blocks(facts), _outside(facts)
+    unknown = tuple(facts.unknown)
+    vision = _vision(config, facts)
+    packing, packing_unknown = _packing(config, text, facts, name, quantization, poor=said_by != "config")
+
+    declared = facts.number("total_params")
+    if unknown and declared is None and (declared := _named_size(name)) is not None:
+        facts.assumed.append(f"a guess: {declared / 1e9:g} billion parameters, from the name")
+    unknown_weights = (*unknown, *packing_unknown)
+    if unknown and declared is not None:
+        blocks, outside = _spread(declared - vision, facts, blocks, outside)
+        unknown_weights = packing_unknown
+    elif declared is not None and not vision:
+        # What the layers do not explain are towers and projectors.
+        vision = max(0, declared - _count(blocks, outside))
+
+    return Architecture(
+        kind=kind,
+        hidden_size=facts.number("hidden_size") or 0,
+        vocab_size=facts.number("vocab_size") or 0,
+        max_position_embeddings=facts.number("max_position_embeddings"),
+        blocks=blocks,
+        outside=outside,
+        vision=vision,
+        rope=_rope(facts, kind, vision),
+        dtype_bytes=4 if str(facts.raw("dtype") or facts.raw("torch_dtype") or "").lower() in _WIDE else 2,
+        quantization=packing,
+        experts_per_token=(facts.number("num_experts_per_tok") or 2) if facts.number("num_experts") else 0,
+        expert_width=(expert_width(facts) or 0) if facts.number("num_experts") else 0,
+        mlp_width=facts.number("intermediate_size_mlp") or facts.number("intermediate_size") or 0,
+        multimodal=bool(vision) or "vision_config" in config or bool(name and _SEES.search(name)),
+        assumed=tuple(dict.fromkeys(facts.assumed)),
+        unknown_weights=unknown_weights,
+        unknown_cache=_unknown_cache(unknown, facts),
+    )
+
+
+# --- Layers, and what is outside them ---------------------------------------------------------------------
+
+
+def _blocks(facts: Facts) -> tuple[Block, ...]:
+    layers = facts.needed("num_hidden_layers")
+    alike: defaultdict[tuple[Mixer, bool], list[int]] = defaultdict(list)
+    for index, kind in enumerate(mixers_of(facts, layers)):
+        alike[kind, has_experts(index, facts)].append(index)
+    blocks = []
+    for (kind, sparse), indices in alike.items():
+        mixer, cache = mixer_parts(kind, facts)
+        mlp = mlp_parts(kind, facts, sparse=sparse)
+        norms = small("norms", (facts.number("norms_per_layer") or 2) * facts.needed("hidden_size"))
+        blocks.append(Block(layers=tuple(indices), matrices=(*mixer, *mlp, norms), cache=cache))
+    return tuple(blocks)
+
+
+def _outside(facts: Facts) -> tuple[Matrix, ...]:
+    hidden, vocab = facts.needed("hidden_size"), facts.needed("vocab_size")
+    matrices = [
+        Matrix(name="embed_tokens", inputs=hidden, outputs=vocab, quantizable=False),
+        small("norm", hidden),
+    ]
+    if not facts.flag("tie_word_embeddings") and not facts.flag("encoder"):
+        bias = vocab if facts.flag("lm_head_bias") else 0
+        matrices.append(Matrix(name="lm_head", inputs=hidden, outputs=vocab))
+        matrices.append(small("lm_head.bias", bias))
+    if facts.flag("learned_positions") or facts.flag("encoder"):
+        positions = facts.number("max_position_embeddings") or 0
+        matrices.append(
+            Matrix(name="embed_positions", inputs=hidden, outputs=positions, shard=Shard.COPY, quantizable=False)
+        )
+    return tuple(matrices)
+
+
+def _count(blocks: tuple[Block, ...], outside: tuple[Matrix, ...]) -> int:
+    inside = sum(len(block.layers) * sum(m.params for m in block.matrices if m.counted) for block in blocks)
+    return inside + sum(matrix.params for matrix in outside)
+
+
+def _spread(
+    total: int, facts: Facts, blocks: tuple[Block, ...], outside: tuple[Matrix, ...]
+) -> tuple[tuple[Block, ...], tuple[Matrix, ...]]:
+    """Where the layers are not known in detail, spread the known *total* over them evenly."""
+    hidden, layers = facts.number("hidden_size"), facts.number("num_hidden_layers")
+    if not hidden or not layers or not facts.number("vocab_size"):
+        width = 4096  # any: it only says how many weights share a row's scale
+        return blocks, (Matrix(name="layers.all", inputs=width, outputs=total // width),)
+    rest = max(0, total - sum(matrix.params for matrix in outside))
+    matrix = Matrix(name="all", inputs=hidden, outputs=rest // hidden // layers)
+    return tuple(dataclasses.replace(block, matrices=(matrix,)) for block in blocks), outside
+
+
+def _unknown_cache(unknown: tuple[str, ...], facts: Facts) -> tuple[str, ...]:
+    """Of what is unknown, the facts that the KV cache needs too."""
+    needed = {"num_hidden_layers", "head_dim", "sliding_window", "kv_lora_rank"}
+    if facts.number("num_key_value_heads") is None:
+        needed.add("num_attention_heads")
+    return tuple(name for name in unknown if name in needed or " " in name or "=" in name)
+
+
+def _named_size(name: str | None) -> int | None:
+    """
+    Read "Qwen3-14B" as 14 billion. Names of mixtures lie (8x7B, 17B-16E, MoE-A2.7B) and say nothing.
+    """
+    if name is None or re.search(r"\d+x\d|\d+b-\d+e|moe-a\d", name.lower()):
+        return None
+    sizes = re.findall(r"(?<![a-z0-9.])(\d{1,4}(?:\.\d{1,2})?)b(?![a-z0-9])", name.lower())
+    return int(float(sizes[0]) * 1e9) if sizes else None
+
+
+# --- Rope tables -------------------------------------------------------------------------------------------
+
+
+def _rope(facts: Facts, kind: str, vision: int) -> tuple[RopeTable, ...]:
+    """
+    Say which tables vLLM computes (model_executor/layers/rotary_embedding): one row for each position.
+
+    Linear and dynamic scaling lengthen the table by their factor, YaRN starts from the length before it.
+    """
+    rows = facts.number("max_position_embeddings")
+    if rows is None or facts.flag("learned_positions") or facts.flag("encoder"):
+        return ()
+    if (width := facts.number("rotary_dim") or facts.number("qk_rope_head_dim")) is None:
+        width = int(head_dim_of(facts) * facts.share("partial_rotary_factor"))
+    scaling = facts.raw("rope_scaling") or facts.raw("rope_parameters") or {}
+    if isinstance(scaling.get("full_attention"), Mapping):
+        scaling = scaling["full_attention"]
+    method, factor = str(scaling.get("rope_type") or scaling.get("type") or ""), scaling.get("factor")
+    factor = float(factor) if isinstance(factor, int | float) and 1 <= factor <= _LARGEST_FACTOR else 1.0
+    scaled = rows
+    if method in {"linear", "dynamic"}:
+        scaled = int(rows * factor)
+    elif method == "yarn":
+        original = scaling.get("original_max_position_embeddings")
+        scaled = int(original * factor) if isinstance(original, int) and 0 < original <= rows else rows
+    elif not scaling and kind == "gemma3" and vision:
+        scaled = rows * 8  # every Gemma 3 that sees scales by 8; only a poor config does not say so
+    tables = [RopeTable(rows=scaled, width=width)]
+    if facts.flag("local_rope"):
+        tables.append(RopeTable(rows=rows, width=facts.number("head_dim") or width))
+    return tuple(tables)
+
+
+# --- Vision ------------------------------------------------------------------------------------------------
+
+
+def _vision(config: Mapping[str, Any], facts: Facts) -> int:
+    """Count the numbers in the vision tower and its projector; 0 if the config has none."""
+    extra = facts.number("extra_params")
+    tower = config.get("vision_config")
+    if extra is not None or not isinstance(tower, Mapping):
+        return extra or 0
+    see = Facts(tower)
+    width = see.number("embed_dim") or see.number("hidden_size") or see.number("width") or see.number("d_model")
+    depth = see.number("depth") or see.number("num_hidden_layers") or see.number("layers")
+    if width is None or depth is None:
+        facts.assumed.append("a vision tower whose size the config does not say is not counted")
+        return 0
+    inner = see.number("intermediate_size") or int(width * float(see.raw("mlp_ratio") or 4))
+    gated = see.raw("hidden_act") in {"silu", "swiglu"} and str(tower.get("model_type")) != "qwen2_vl"
+    merge = (see.number("spatial_merge_size") or 1) ** 2
+    out = see.number("out_hidden_size") or facts.number("hidden_size") or width
+    patch = (see.number("patch_size") or 14) ** 2 * 3 * (see.number("temporal_patch_size") or 1)
+    positions = see.number("num_position_embeddings") or (
+        ((see.number("image_size") or 0) // (see.number("patch_size") or 14)) ** 2
+    )
+    layer = 4 * width * width + (3 if gated else 2) * width * inner
+    merger = (width * merge) * (width * merge if merge > 1 else out) + (width * merge if merge > 1 else out) * out
+    deep = tower.get("deepstack_visual_indexes")
+    mergers = 1 + (len(deep) if isinstance(deep, list) else 0)
+    return depth * layer + (patch + positions) * width + mergers * merger
+
+
+# --- Packing -----------------------------------------------------------------------------------------------
+
+
+def _packing(
+    config: Mapping[str, Any], text: Mapping[str, Any], facts: Facts, name: str | None, told: str | None, *, poor: bool
+) -> tuple[Quantization | None, tuple[str, ...]]:
+    """The scheme of the files; of what the engine is told, if the files are in 16 bit; of the name, if nobody says."""
+    said = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
+    if said:
+        found = read_quantization(said) if isinstance(said, Mapping) else "quantization_config is malformed"
+        return (None, (found,)) if isinstance(found, str) else (found, ())
+    if told:
+        named = named_quantization(told if told != "compressed-tensors" else f"{name} {told}")
+        if named is None and name is not None:
+            named = named_quantization(name)
+        if named is None:
+            return None, (f"the quantization method {told}",)
+        if named.method != "fp8":
+            facts.assumed.append(
+                f"{told} with the usual settings: {named.bits} bits, groups of {named.group or 'a row'}"
+            )
+        return named, ()
+    if poor and name is not None and (named := named_quantization(name)) is not None:
+        facts.assumed.append(f"{named.method}, from the model's name")
+        return named, ()
+    return None, ()
