@@ -24,6 +24,7 @@ Every error that Shiftworker raises, and whether a retry helps.
         ├── BadSetting              a setting has a value that is not allowed
         ├── BadCatalogue            models.toml does not say what it must
         ├── ModelMissing            the model's files are not where the catalogue says
+        │   └── BadModelFile            a file of it is there, but broken
         ├── DoesNotFit              the model needs more memory than there is
         └── EngineMissing           the engine's program is not installed here
 
@@ -139,6 +140,10 @@ class BadCatalogue(Misconfigured):
 
 class ModelMissing(Misconfigured):
     """The model's files are not where the catalogue or VLLM_MODEL says."""
+
+
+class BadModelFile(ModelMissing):
+    """A file of the model is there, but it is cut off, broken, or claims what cannot be."""
 
 
 class DoesNotFit(Misconfigured):

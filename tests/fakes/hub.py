@@ -4,6 +4,7 @@ A small Hugging Face hub on the loopback, so that the hub's own client is what i
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,7 +45,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class _Answer(BaseHTTPRequestHandler):
-    """Answers as the hub does: an etag and a commit for a file, an error code in a header otherwise."""
+    """Answers as the hub does: an etag and a commit for a file, a range of it, or an error code in a header."""
 
     def do_HEAD(self) -> None:
         """Say what is known of a file."""
@@ -62,6 +63,11 @@ class _Answer(BaseHTTPRequestHandler):
             self.send_response(status)
             self.send_header("X-Error-Code", code)
             body = b""
+        elif asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, size = int(asked[1]), len(body)
+            body = body[first : int(asked[2]) + 1]
+            self.send_response(206 if body else 416)
+            self.send_header("Content-Range", f"bytes {f'{first}-{first + len(body) - 1}' if body else '*'}/{size}")
         else:
             self.send_response(200)
             self.send_header("ETag", f'"{len(body):040x}"')
