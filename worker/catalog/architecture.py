@@ -10,6 +10,9 @@ from enum import StrEnum
 from worker.catalog.quantization import Quantization
 
 
+_JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+
+
 class Shard(StrEnum):
     """How tensor parallelism divides a matrix."""
 
@@ -29,6 +32,12 @@ class Matrix:
     shard: Shard = Shard.SPLIT
     quantizable: bool = True  # norms, biases, convolutions and routers stay as they are
     counted: bool = True  # is it in the checkpoint, or does the engine make it at load?
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that holds it once loaded: vLLM joins queries, keys and values, and gate and up."""
+        place, _, part = self.name.rpartition(".")
+        return f"{place}.{_JOINED.get(part, part)}"
 
     @property
     def params(self) -> int:
@@ -107,6 +116,7 @@ class Architecture:
     expert_width: int = 0  # inner size of a routed expert
     mlp_width: int = 0  # inner size of the widest dense MLP
     multimodal: bool = False
+    generates: bool = True  # False: it embeds, and has no sampler
     assumed: tuple[str, ...] = ()
     unknown_weights: tuple[str, ...] = ()
     unknown_cache: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from worker.catalog.architecture import Architecture, Block, Matrix, RopeTable, Shard
+from worker.catalog.architecture import Architecture, Block, Matrix, RopeTable, Shard, State
 from worker.catalog.hf_facts import FAMILIES, UNLIKE, Facts, find_family
 from worker.catalog.hf_layers import (
     Mixer,
@@ -28,6 +28,7 @@ from worker.catalog.quantization import Quantization
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
 _WIDE = {"float32", "float", "torch.float32", "fp32"}
 _LARGEST_FACTOR = 1000
+_EMBEDS = re.compile(r"(?i)embed|rerank|reward")
 _SEES = re.compile(r"(?i)-vl\b|vision|llava|pixtral|omni")
 
 
@@ -49,19 +50,28 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
 
     blocks, outside = _blocks(facts), _outside(facts)
     unknown = tuple(facts.unknown)
-    vision = _vision(config, facts)
-    packing, packing_unknown = _packing(config, text, facts, name, quantization, poor=said_by != "config")
+    poor = said_by != "config"
+    sees = "vision_config" in config or bool(name and _SEES.search(name))
+    vision = _vision(facts.raw("vision_config") if poor else config.get("vision_config"), facts)
+    packing, packing_unknown = _packing(config, text, facts, name, quantization, poor=poor)
 
     declared = facts.number("total_params")
-    if unknown and declared is None and (declared := _named_size(name)) is not None:
-        facts.assumed.append(f"a guess: {declared / 1e9:g} billion parameters, from the name")
     unknown_weights = (*unknown, *packing_unknown)
-    if unknown and declared is not None:
+    guessable = unknown or (poor and _state_assumed(blocks, facts))
+    if guessable and declared is None and (declared := _named_size(name)) is not None:
+        facts.assumed.append(f"a guess: {declared / 1e9:g} billion parameters, from the name")
+        declared += vision
+    if declared is not None and unknown:
         blocks, outside = _spread(declared - vision, facts, blocks, outside)
         unknown_weights = packing_unknown
     elif declared is not None and not vision:
-        # What the layers do not explain are towers and projectors.
-        vision = max(0, declared - _count(blocks, outside))
+        rest = max(0, declared - _count(blocks, outside))
+        if sees or not rest:
+            vision = rest
+        else:
+            blocks = _fill_up(blocks, rest, facts)
+    elif declared is not None and _state_assumed(blocks, facts):
+        blocks = _fill_up(blocks, max(0, declared - vision - _count(blocks, outside)), facts)
 
     return Architecture(
         kind=kind,
@@ -77,7 +87,8 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
         experts_per_token=(facts.number("num_experts_per_tok") or 2) if facts.number("num_experts") else 0,
         expert_width=(expert_width(facts) or 0) if facts.number("num_experts") else 0,
         mlp_width=facts.number("intermediate_size_mlp") or facts.number("intermediate_size") or 0,
-        multimodal=bool(vision) or "vision_config" in config or bool(name and _SEES.search(name)),
+        multimodal=bool(vision) or sees,
+        generates=not (name and _EMBEDS.search(name)) and not facts.flag("encoder"),
         assumed=tuple(dict.fromkeys(facts.assumed)),
         unknown_weights=unknown_weights,
         unknown_cache=_unknown_cache(unknown, facts),
@@ -137,6 +148,21 @@ def _spread(
     return tuple(dataclasses.replace(block, matrices=(matrix,)) for block in blocks), outside
 
 
+def _state_assumed(blocks: tuple[Block, ...], facts: Facts) -> bool:
+    """Has it recurrent layers whose sizes are the family's usual ones, not the config's?"""
+    recurrent = any(isinstance(block.cache, State) for block in blocks)
+    return recurrent and not facts.has("linear_num_value_heads") and not facts.has("mamba_num_heads")
+
+
+def _fill_up(blocks: tuple[Block, ...], rest: int, facts: Facts) -> tuple[Block, ...]:
+    """Add what the declared total has and the layers do not explain, evenly, as more of the same weights."""
+    hidden, layers = facts.number("hidden_size"), sum(len(block.layers) for block in blocks)
+    if not hidden or not layers or rest // hidden // layers == 0:
+        return blocks
+    more = Matrix(name="rest", inputs=hidden, outputs=rest // hidden // layers)
+    return tuple(dataclasses.replace(block, matrices=(*block.matrices, more)) for block in blocks)
+
+
 def _unknown_cache(unknown: tuple[str, ...], facts: Facts) -> tuple[str, ...]:
     """Of what is unknown, the facts that the KV cache needs too."""
     needed = {"num_hidden_layers", "head_dim", "sliding_window", "kv_lora_rank"}
@@ -191,10 +217,9 @@ def _rope(facts: Facts, kind: str, vision: int) -> tuple[RopeTable, ...]:
 # --- Vision ------------------------------------------------------------------------------------------------
 
 
-def _vision(config: Mapping[str, Any], facts: Facts) -> int:
-    """Count the numbers in the vision tower and its projector; 0 if the config has none."""
+def _vision(tower: object, facts: Facts) -> int:
+    """Count the numbers in the vision tower and its projector; 0 if there is none."""
     extra = facts.number("extra_params")
-    tower = config.get("vision_config")
     if extra is not None or not isinstance(tower, Mapping):
         return extra or 0
     see = Facts(tower)
@@ -235,6 +260,8 @@ def _packing(
             named = named_quantization(name)
         if named is None:
             return None, (f"the quantization method {told}",)
+        if named.group and facts.flag("qat_groups") and named.bits == 4:  # noqa: PLR2004 - int4
+            named = dataclasses.replace(named, group=32)
         if named.method != "fp8":
             facts.assumed.append(
                 f"{told} with the usual settings: {named.bits} bits, groups of {named.group or 'a row'}"

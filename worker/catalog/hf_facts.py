@@ -71,7 +71,7 @@ class Facts:
             self._note(name)
         return found or 0
 
-    def flag(self, name: str, default: bool = False) -> bool:
+    def flag(self, name: str, *, default: bool = False) -> bool:
         """A yes or no."""
         value = self._config.get(name)
         return bool(self._defaults.get(name, default) if value is None else value)
@@ -99,21 +99,36 @@ class Facts:
 # --- Families: what their config classes in transformers fill in ---------------------------------------------
 
 _GATED_DELTA_NET: dict[str, Any] = {
-    "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-    "attn_output_gate": True, "qk_norm": "head", "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "attn_output_gate": True,
+    "qk_norm": "head",
+    "partial_rotary_factor": 0.25,
+}
+_QWEN_3_5: dict[str, Any] = {
+    **_GATED_DELTA_NET, "mamba_ssm_dtype": "float32",
+    "vision_config": {
+        "hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "patch_size": 16, "temporal_patch_size": 2,
+        "spatial_merge_size": 2, "num_position_embeddings": 2304,
+    },
 }  # fmt: skip
 _GEMMA: dict[str, Any] = {"tie_word_embeddings": True}
+# Google trains these for 4 bits in groups of 32 (Q4_0), and repacked checkpoints keep the groups.
+_GEMMA_QAT: dict[str, Any] = {**_GEMMA, "qat_groups": True}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {**_GEMMA, "head_dim": 256},
     "gemma2": {**_GEMMA, "norms_per_layer": 4, "sliding_window_pattern": 2},
     "gemma3": {
-        **_GEMMA, "norms_per_layer": 4, "qk_norm": "head", "sliding_window_pattern": 6, "local_rope": True,
+        **_GEMMA_QAT, "norms_per_layer": 4, "qk_norm": "head", "sliding_window_pattern": 6, "local_rope": True,
         "sliding_window": 1024, "vocab_size": 262208,
     },
     "gemma4": {
-        **_GEMMA, "norms_per_layer": 4, "qk_norm": "head", "sliding_window_pattern": 6, "local_rope": True,
+        **_GEMMA_QAT, "norms_per_layer": 4, "qk_norm": "head", "sliding_window_pattern": 6, "local_rope": True,
         "global_head_dim": 512, "num_global_key_value_heads": 2, "attention_k_eq_v": True, "dense_beside_experts": True,
     },
     "cohere": dict(_GEMMA), "cohere2": {**_GEMMA, "sliding_window_pattern": 4},
@@ -130,12 +145,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"qkv_bias": True}, "dots_ocr": {"qkv_bias": True}, "dots1": {"qk_norm": "head"},
     "qwen3": {"qk_norm": "head"}, "qwen3_moe": {"qk_norm": "head"}, "qwen3_vl": {"qk_norm": "head"},
     "qwen3_vl_moe": {"qk_norm": "head"},
-    "qwen3_next": dict(_GATED_DELTA_NET), "qwen3_5": {**_GATED_DELTA_NET, "mamba_ssm_dtype": "float32"},
-    "qwen3_5_moe": {**_GATED_DELTA_NET, "mamba_ssm_dtype": "float32"},
+    "qwen3_next": dict(_GATED_DELTA_NET), "qwen3_5": _QWEN_3_5, "qwen3_5_moe": _QWEN_3_5,
     "olmo2": {"qk_norm": "full"}, "olmo3": {"qk_norm": "full", "sliding_window_pattern": 4},
     "olmoe": {"qk_norm": "full"}, "phi3": {}, "phimoe": {"all_bias": True},
     "gpt_oss": {"all_bias": True, "sliding_window_pattern": 2, "head_dim": 64, "sinks": True},
-    "llama4": {"full_attention_every": 4, "chunked_attention": True, "num_experts_per_tok": 1, "shared_like_expert": True},
+    "llama4": {
+        "full_attention_every": 4, "chunked_attention": True, "num_experts_per_tok": 1, "shared_like_expert": True,
+    },
     "deepseek_v2": {}, "deepseek_v3": {}, "kimi_k2": {}, "glm": {}, "glm4": {"norms_per_layer": 4},
     "glm4_moe": {"dense_layers": 1}, "glm_moe_dsa": {"dense_layers": 3}, "ernie4_5": {}, "ernie4_5_moe": {},
     "minimax_m2": {"qk_norm": "full"}, "seed_oss": {"qkv_bias": True}, "hunyuan_v1_dense": {"qk_norm": "head"},

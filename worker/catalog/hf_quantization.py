@@ -14,7 +14,8 @@ from worker.catalog.quantization import Quantization
 # Kernels want experts' sizes in whole tiles: Marlin rounds inputs up to 256 and outputs to 128 (vLLM 0.32,
 # fused_moe/oracle/mxfp4.py); a gpt-oss-20b then takes the 13.7 GiB that were measured.
 _MXFP4 = Quantization("mxfp4", 4, 32, scale_bytes=1, pad_to=(256, 128), only=("experts",))
-_NVFP4 = Quantization("nvfp4", 4, 16, scale_bytes=1)
+# Its checkpoints bring an FP8 KV cache with them, unless their config says otherwise.
+_NVFP4 = Quantization("nvfp4", 4, 16, scale_bytes=1, kv_cache_bits=8)
 
 # What a method means when only its name is known: the settings of most checkpoints of that kind.
 _NAMED: tuple[tuple[str, Quantization], ...] = (
@@ -91,8 +92,9 @@ def _modelopt(config: Mapping[str, Any], skipped: tuple[str, ...]) -> Quantizati
     algorithm = str(inner.get("quant_algo") or config.get("quant_method") or "").upper()
     skipped = skipped or _names(inner, "exclude_modules", "ignore")
     skipped = tuple("re:" + name.replace(".", r"\.").replace("*", ".*") if "*" in name else name for name in skipped)
-    kv_bits = 8 if "FP8" in str(inner.get("kv_cache_quant_algo") or "").upper() else None
-    kv_bits = 8 if kv_bits or (inner.get("kv_cache_scheme") or {}).get("num_bits") == 8 else None
+    kv_bits = int((inner.get("kv_cache_scheme") or {}).get("num_bits") or 0) or None
+    if "FP8" in str(inner.get("kv_cache_quant_algo") or "").upper():
+        kv_bits = 8
     if "FP4" in algorithm:
         return dataclasses.replace(_NVFP4, ignored=skipped, kv_cache_bits=kv_bits)
     if "FP8" in algorithm:
@@ -109,8 +111,8 @@ def _compressed_tensors(config: Mapping[str, Any], skipped: tuple[str, ...]) -> 
     weights = groups[0]["weights"]
     bits, kind = int(weights["num_bits"]), str(weights.get("type") or "int")
     kv_bits = int((config.get("kv_cache_scheme") or {}).get("num_bits") or 0) or None
-    if bits == 4 and kind == "float":
-        scheme = _MXFP4 if weights.get("group_size") == 32 else _NVFP4  # noqa: PLR2004 - the two formats' group sizes
+    if (bits, kind) == (4, "float"):
+        scheme = _MXFP4 if weights.get("group_size") == _MXFP4.group else _NVFP4
         return dataclasses.replace(scheme, pad_to=None, only=(), ignored=skipped, kv_cache_bits=kv_bits)
     block = weights.get("block_structure") if weights.get("strategy") == "block" else None
     if isinstance(block, str):
