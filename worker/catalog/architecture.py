@@ -9,7 +9,6 @@ from enum import StrEnum
 
 from worker.catalog.quantization import Quantization
 
-
 _JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
@@ -105,6 +104,7 @@ class Architecture:
     kind: str  # model_type, or "" if the config does not say
     hidden_size: int
     vocab_size: int
+    heads: int  # query heads
     max_position_embeddings: int | None
     blocks: tuple[Block, ...]
     outside: tuple[Matrix, ...]  # embeddings, output head, last norm

@@ -77,6 +77,7 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
         kind=kind,
         hidden_size=facts.number("hidden_size") or 0,
         vocab_size=facts.number("vocab_size") or 0,
+        heads=facts.number("num_attention_heads") or 0,
         max_position_embeddings=facts.number("max_position_embeddings"),
         blocks=blocks,
         outside=outside,
@@ -93,6 +94,17 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
         unknown_weights=unknown_weights,
         unknown_cache=_unknown_cache(unknown, facts),
     )
+
+
+def packed_as(architecture: Architecture, method: str | None) -> Architecture:
+    """The same model packed by *method*, if it is not packed yet: on the fly, or in files whose config is not here."""
+    if method is None or architecture.quantization is not None:
+        return architecture
+    named = named_quantization(method)
+    if named is None:
+        unknown = (*architecture.unknown_weights, f"the quantization method {method}")
+        return dataclasses.replace(architecture, unknown_weights=unknown)
+    return dataclasses.replace(architecture, quantization=named)
 
 
 # --- Layers, and what is outside them ---------------------------------------------------------------------

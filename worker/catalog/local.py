@@ -7,14 +7,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import BadCatalogue, ModelMissing
+import huggingface_hub
+
+from common.errors import BadCatalogue, BadModelFile, ModelMissing
+from worker.catalog.architecture import Architecture
 from worker.catalog.catalogue import Catalogue
-from worker.catalog.download import fetch_file, shard_names, weights_bytes
+from worker.catalog.download import fetch_file, weights_bytes
+from worker.catalog.gguf_header import read_gguf_file
+from worker.catalog.hf_config import read_config
+from worker.catalog.safetensors_header import read_safetensors_folder, read_safetensors_repository
 from worker.catalog.spec import EngineKind, ModelSpec
+from worker.catalog.tensors import GgufHeader, Tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CAPABILITIES = frozenset({"chat", "completion", "json", "tools"})
@@ -27,10 +35,8 @@ class Facts:
     max_model_len: int | None = None
     quantization: str | None = None
     weights_bytes: int | None = None
-    layers: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    vocab_size: int | None = None
+    architecture: Architecture | None = None
+    header: GgufHeader | None = None
 
 
 def spec_from_path(name: str, *, base_dir: Path | None = None) -> ModelSpec:
@@ -55,26 +61,46 @@ def spec_from_path(name: str, *, base_dir: Path | None = None) -> ModelSpec:
             f"VLLM_MODEL={name}: no catalogue entry, no folder or file {path.absolute()}, and no hub repository "
             "either (those are org/name). Run `shiftworker models` for what is known."
         )
-    config = _config_facts(_json(fetch_file(name, "config.json")))
-    facts = dataclasses.replace(config, weights_bytes=weights_bytes(name))
+    config = _json(fetch_file(name, "config.json"))
+    facts = dataclasses.replace(_config_facts(config, name), weights_bytes=_hub_bytes(name))
     return _spec(name.rpartition("/")[2], EngineKind.VLLM, facts, repo=name)
 
 
 def read_facts(spec: ModelSpec) -> ModelSpec:
     """
-    Fill in what the catalogue leaves out of a local model, from its files; what it says stays.
+    Correct an entry by its own files, at its path or in the hub's cache; of a file that is there, only the header is
+    read. The entry's own max_model_len, quantization and bytes stay where the files do not say them.
 
     Raises
     ------
     ModelMissing
-        There is nothing at its path.
+        There is nothing at its path, or the files there are broken.
     """
     if spec.path is None:
-        return spec
+        return _from_cache(spec)
     if not spec.path.exists():
         raise ModelMissing(f"there is nothing at {spec.path}. Put the model there, or correct its path.")
-    found = dataclasses.asdict(_local_facts(spec.path))
-    return dataclasses.replace(spec, **{key: value for key, value in found.items() if getattr(spec, key) is None})
+    return _corrected(spec, _local_facts(spec.path))
+
+
+def _from_cache(spec: ModelSpec) -> ModelSpec:
+    """What the cache has of it; an entry whose files are not there, or only in part, stays as it is."""
+    if spec.repo is None:
+        return spec
+    found = huggingface_hub.try_to_load_from_cache(spec.repo, spec.file or "config.json", revision=spec.revision)
+    if not isinstance(found, str):
+        return spec
+    path = Path(found)
+    try:
+        return _corrected(spec, _local_facts(path if spec.file else path.parent))
+    except ModelMissing:
+        return spec
+
+
+def _corrected(spec: ModelSpec, facts: Facts) -> ModelSpec:
+    """Files know best how large they are; how the model is used is the entry's to say."""
+    stays = {key for key in ("max_model_len", "quantization") if getattr(spec, key) is not None}
+    return dataclasses.replace(spec, **{key: value for key, value in _known(facts).items() if key not in stays})
 
 
 def read_all_facts(catalogue: Catalogue) -> tuple[Catalogue, dict[str, str]]:
@@ -98,7 +124,6 @@ def _spec(
             f"The files of {path or repo} do not say how many tokens the model was made for. "
             "Write an entry for it with max_model_len into a catalogue of your own and name that in MODELS_FILE."
         )
-    known = {key: value for key, value in dataclasses.asdict(facts).items() if value is not None}
     return ModelSpec(
         id=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model",
         engine=engine,
@@ -107,8 +132,15 @@ def _spec(
         capabilities=_CAPABILITIES,
         path=path,
         repo=repo,
-        **known,
+        **_known(facts),
     )
+
+
+def _known(facts: Facts) -> dict[str, Any]:
+    """The facts that are there, by field; not `asdict`, which would take the architecture apart."""
+    return {
+        field.name: value for field in dataclasses.fields(facts) if (value := getattr(facts, field.name)) is not None
+    }
 
 
 def _local_facts(path: Path) -> Facts:
@@ -119,70 +151,49 @@ def _local_facts(path: Path) -> Facts:
         raise ModelMissing(
             f"{path} is no model: it has no config.json. Name the folder that holds config.json, or a .gguf file."
         )
-    return dataclasses.replace(_config_facts(_json(config)), weights_bytes=_safetensors_bytes(path))
+    facts = _config_facts(_json(config), path.resolve().name)
+    if any(path.glob("*.safetensors")):
+        facts = dataclasses.replace(facts, weights_bytes=_sum(read_safetensors_folder(path)))
+    return facts
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelMissing(f"{file} cannot be read as JSON: {error}. Fetch the model again.") from None
     return content if isinstance(content, dict) else {}
 
 
-def _config_facts(config: dict[str, Any]) -> Facts:
-    """Read a Hugging Face config.json; models with vision keep the language model's part in text_config."""
-    text: dict[str, Any] = config.get("text_config") or config
-    quantization = (config.get("quantization_config") or text.get("quantization_config") or {}).get("quant_method")
-    heads = text.get("num_attention_heads")
-    hidden = text.get("hidden_size")
-    # MLA (DeepSeek) keeps one compressed vector for each token: heads x head size would be far too much.
-    mla = "kv_lora_rank" in text
+def _config_facts(config: dict[str, Any], name: str) -> Facts:
+    """Read a Hugging Face config.json."""
+    architecture = read_config(config, name=name)
+    quantization = config.get("quantization_config")
     return Facts(
-        max_model_len=text.get("max_position_embeddings") or text.get("n_positions"),
-        quantization=quantization,
-        layers=text.get("num_hidden_layers"),
-        kv_heads=None if mla else text.get("num_key_value_heads") or heads,
-        head_dim=None if mla else text.get("head_dim") or (hidden // heads if hidden and heads else None),
-        vocab_size=text.get("vocab_size"),
+        max_model_len=architecture.max_position_embeddings,
+        quantization=quantization.get("quant_method") if isinstance(quantization, dict) else None,
+        architecture=architecture,
     )
 
 
-def _safetensors_bytes(folder: Path) -> int | None:
-    """Add up the weight files that the index names, or without one all of them; None if there are none."""
-    index = folder / "model.safetensors.index.json"
-    names = set(_json(index).get("weight_map", {}).values()) if index.is_file() else ()
-    shards = [folder / name for name in names] or list(folder.glob("*.safetensors"))
-    return sum(shard.stat().st_size for shard in shards if shard.is_file()) or None
+def _hub_bytes(repo: str) -> int | None:
+    """What the headers in a hub repository say; the files' sizes, if it serves no ranges."""
+    try:
+        return _sum(read_safetensors_repository(repo))
+    except (BadModelFile, ModelMissing):
+        return weights_bytes(repo)
+
+
+def _sum(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _gguf_facts(file: Path) -> Facts:
-    """Read the header of a GGUF file; without the package gguf only the size is known."""
-    shards = [file.with_name(name) for name in shard_names(file.name)]
-    size = sum(shard.stat().st_size for shard in shards if shard.is_file())
-    try:
-        from gguf import GGUFReader  # noqa: PLC0415 - it comes with the extra [llamacpp]
-    except ImportError:
-        return Facts(weights_bytes=size)
-    try:
-        fields = GGUFReader(file).fields
-    except (OSError, ValueError, IndexError) as error:
-        raise ModelMissing(f"{file} cannot be read as GGUF: {error}. Fetch the file again.") from None
-
-    def value(key: str) -> Any:
-        field = fields.get(key)
-        content = None if field is None else field.contents()
-        # Hybrid models say it for each layer; the largest is on the safe side.
-        return max(content) if isinstance(content, list) and content else content
-
-    arch = value("general.architecture")
-    heads, hidden = value(f"{arch}.attention.head_count"), value(f"{arch}.embedding_length")
-    tokens = fields.get("tokenizer.ggml.tokens")
+    """Read the header of a GGUF file."""
+    header = read_gguf_file(file)
+    length = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
     return Facts(
-        max_model_len=value(f"{arch}.context_length"),
-        weights_bytes=size,
-        layers=value(f"{arch}.block_count"),
-        kv_heads=value(f"{arch}.attention.head_count_kv") or heads,
-        head_dim=value(f"{arch}.attention.key_length") or (hidden // heads if hidden and heads else None),
-        vocab_size=value(f"{arch}.vocab_size") or (len(tokens.data) if tokens is not None else None),
+        max_model_len=length if isinstance(length, int) and length > 0 else None,
+        weights_bytes=_sum(header.tensors),
+        header=header,
     )

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from worker.catalog.architecture import Architecture
+from worker.catalog.tensors import GgufHeader
+
 
 class EngineKind(StrEnum):
     """Which program runs the model."""
@@ -41,12 +44,10 @@ class ModelSpec:
     trust_remote_code: bool = False
     licence: str | None = None
 
-    # The facts a first estimate needs; None = read them from the files, or unknown.
-    weights_bytes: int | None = None  # of the files, all shards
-    layers: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    vocab_size: int | None = None
+    # What memory depends on; None = read it from the files, or unknown.
+    weights_bytes: int | None = None  # of all tensors in the files
+    architecture: Architecture | None = None  # from config.json, or the entry's [models.config]
+    header: GgufHeader | None = None  # of a GGUF file that is here
 
     @property
     def source(self) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from common.errors import BadCatalogue
 from worker.catalog.catalogue import Catalogue
+from worker.catalog.hf_config import read_config
 from worker.catalog.spec import EngineKind, ModelSpec
 
 Capability = Literal["chat", "completion", "embedding", "json", "thinking", "tools", "vision"]
@@ -39,10 +40,7 @@ class _Entry(BaseModel):
     trust_remote_code: bool = False
     licence: str | None = None
     weights_bytes: PositiveInt | None = None
-    layers: PositiveInt | None = None
-    kv_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    vocab_size: PositiveInt | None = None
+    config: dict[str, Any] | None = None  # of config.json, in its own words: what memory depends on
 
     @model_validator(mode="after")
     def _says_where_its_files_are(self) -> Self:
@@ -56,9 +54,11 @@ class _Entry(BaseModel):
 
     def spec(self, base_dir: Path) -> ModelSpec:
         """Give the entry as a value, its relative path resolved against *base_dir*."""
-        fields = self.model_dump()
+        fields = self.model_dump(exclude={"config"})
         if self.path is not None:
             fields["path"] = base_dir / self.path.expanduser()
+        if self.config is not None:
+            fields["architecture"] = read_config(self.config, name=self.repo or self.id)
         return ModelSpec(**fields)
 
 

@@ -100,10 +100,6 @@ def _entry(spec: ModelSpec) -> str:
         "capabilities": sorted(spec.capabilities),
         **({"path": str(spec.path)} if spec.path else {"repo": spec.repo, "file": spec.file}),
         "weights_bytes": spec.weights_bytes,
-        "layers": spec.layers,
-        "kv_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
     }
     known = (f"{key} = {json.dumps(value)}\n" for key, value in fields.items() if value is not None)
     return f"\n[[models]]\n{''.join(known)}"

@@ -14,7 +14,7 @@ from worker.catalog.architecture import Architecture
 from worker.catalog.hf_config import read_config
 from worker.memory.constants import GIB, card_bytes, constants_for, is_large, server_defaults
 from worker.memory.estimate_vllm import VllmEstimate, VllmLoad, estimate_vllm
-from worker.memory.weigh import checkpoint_bytes
+from worker.memory.weigh import correct_weights
 
 _Count = Annotated[int, Field(gt=0, le=2**31)]
 _Gib = Annotated[float, Field(gt=0, le=2**20)]
@@ -96,7 +96,8 @@ def judge_vllm(case: Case, *, architecture: Architecture | None = None, files: F
     estimate = estimate_vllm(built, load)
     weights = None if estimate.weights is None else estimate.weights.total
     if files is not None and files.weights_bytes is not None:
-        weights = _scaled(files.weights_bytes, built, load, weights)
+        cards = load.tensor_parallel_size * load.pipeline_parallel_size
+        weights = correct_weights(weights, built, in_files=files.weights_bytes, cards=cards)
 
     share = case.gpu_memory_utilization or constants_for(case.vllm_version).utilization
     pool = int(case.kv_pool_gib * GIB) if case.kv_pool_gib else None
@@ -168,14 +169,6 @@ def _load(case: Case, architecture: Architecture, total: int | None) -> VllmLoad
         version=case.vllm_version,
         large_card=large,
     )
-
-
-def _scaled(measured: int, architecture: Architecture, load: VllmLoad, weights: int | None) -> int:
-    """Correct the estimate of one card by what the files really hold; without one, divide the files evenly."""
-    in_files = checkpoint_bytes(architecture) if weights is not None else 0
-    if weights is None or not in_files:
-        return -(-measured // (load.tensor_parallel_size * load.pipeline_parallel_size))
-    return weights * measured // in_files
 
 
 def _reason(answer: Answer, built: Architecture, estimate: VllmEstimate, *, budget: str, pool: int | None) -> str:

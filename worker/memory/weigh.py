@@ -72,6 +72,16 @@ def checkpoint_bytes(architecture: Architecture) -> int:
     return sum(map(plain.block, counted)) + outside + architecture.vision * architecture.dtype_bytes
 
 
+def correct_weights(estimated: int | None, architecture: Architecture, *, in_files: int, cards: int) -> int:
+    """
+    Correct the *estimated* bytes on one card by what the files really hold; without an estimate, divide the files.
+
+    The estimate says what dividing, padding and tables do; the files say how much there is.
+    """
+    expected = 0 if estimated is None else checkpoint_bytes(architecture)
+    return estimated * in_files // expected if estimated is not None and expected else -(-in_files // cards)
+
+
 @dataclass(frozen=True)
 class _Scales:
     """Weighs matrices: packed like this, otherwise in so many bytes, divided over so many cards."""

@@ -22,4 +22,6 @@ class Overrides:
     tensor_parallel_size: int | None = None  # cards
     max_num_seqs: int = 64  # requests at once in vLLM
     llamacpp_parallel: int = 8  # requests at once in llama.cpp
+    vllm_version: str | None = None  # of the engine that is here; None = the newest known
+    residents: int = 1  # models that may be ready side by side
     n_gpu_layers: int | None = None  # for llama.cpp; -1 = all, 0 = none

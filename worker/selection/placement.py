@@ -23,6 +23,8 @@ class Placement:
     gpu_memory_utilization: float | None = None  # share of the card, for vLLM; None where there is no card
     n_gpu_layers: int = 0  # for llama.cpp; -1 = all
     quantization: str | None = None
+    max_num_batched_tokens: int | None = None  # for vLLM; None = its default
+    kv_cache_dtype: str | None = None  # None = as the weights
     auto: bool = True  # may the router choose it for "auto"?
 
     @property

@@ -1,0 +1,170 @@
+"""
+How does a model run in vLLM on these cards: how long a context, how many at once, how large a KV pool?
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from worker.catalog.architecture import Architecture
+from worker.catalog.hf_config import packed_as
+from worker.catalog.spec import ModelSpec
+from worker.memory.cache import shape_cache
+from worker.memory.constants import CPU_PROCESS_BYTES, is_large, server_defaults
+from worker.memory.estimate import MemoryEstimate
+from worker.memory.estimate_vllm import VllmLoad, estimate_vllm
+from worker.memory.weigh import correct_weights
+from worker.selection.overrides import Overrides
+from worker.selection.placement import Placement
+from worker.selection.places import Place, Refusal, gib
+
+_SHORTEST = 2048  # tokens; a model that holds less is not worth its place
+# A longer context is offered only if somebody asks (VLLM_MAX_MODEL_LEN): it takes memory from other requests.
+_LONGEST = 32768
+_TYPICAL_JOB_TOKENS = 2048  # prompt and answer; what a shared pool is sized by where models share the card
+_CPU_POOL_BYTES = 2**30  # vLLM takes 4 s at each start to allocate a pool of 1 GiB on the CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """One way to load the model, and what it takes."""
+
+    load: VllmLoad
+    memory: MemoryEstimate  # with a pool for one request
+
+
+def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement | Refusal:
+    """
+    Fit the whole model into *place*, or say with the arithmetic why it does not.
+
+    1. The length is the longest of the usual maximum and its halves down to 2,048 tokens that fits; batches on a
+       large card are 8,192 tokens, where that costs no length.
+    2. The pool holds at least one request of that length. A model that has the card to itself gets all of the
+       rest; models that share one get room for `max_num_seqs` typical jobs.
+
+    A length or share that the operator set is obeyed, or the model is refused.
+    """
+    if spec.architecture is None:
+        return cannot_tell(("config.json",))
+    in_files = packed_as(spec.architecture, spec.quantization)
+    architecture = packed_as(in_files, _quantization(spec, overrides))
+    unknown = (*(architecture.unknown_weights if spec.weights_bytes is None else ()), *architecture.unknown_cache)
+    if unknown:
+        return cannot_tell(unknown)
+    # (1) The longest that fits.
+    fit = None
+    for length in lengths(spec, overrides, longest=_LONGEST):
+        for batched in _batches(place):
+            load = _load(overrides, place, length, batched)
+            fit = _estimate(architecture, load, place, in_files=in_files, bytes_in_files=spec.weights_bytes)
+            if fit.memory.total <= place.budget:
+                return _placement(spec, overrides, place, fit, _pool(architecture, overrides, place, fit))
+    assert fit is not None  # noqa: S101 - there is always a length
+    return Refusal(reason=_arithmetic(fit, place))
+
+
+def lengths(spec: ModelSpec, overrides: Overrides, *, longest: int) -> tuple[int, ...]:
+    """The context lengths to try, the longest first; only one if the operator has said which."""
+    if overrides.max_model_len is not None:
+        return (min(overrides.max_model_len, spec.max_model_len),)
+    found = [min(spec.max_model_len, longest)]
+    while found[-1] // 2 >= _SHORTEST:
+        found.append(found[-1] // 2)
+    return tuple(found)
+
+
+def cannot_tell(missing: tuple[str, ...]) -> Refusal:
+    """Refuse, because these facts are not known."""
+    return Refusal(
+        reason=f"nobody can tell whether it fits: {', '.join(missing)} unknown. Write them into its catalogue entry"
+    )
+
+
+def _batches(place: Place) -> tuple[int, ...]:
+    usual = server_defaults(large=False).max_num_batched_tokens
+    if place.gpus and all(is_large(gpu.total_bytes, gpu.name) for gpu in place.gpus):
+        return server_defaults(large=True).max_num_batched_tokens, usual
+    return (usual,)
+
+
+def _load(overrides: Overrides, place: Place, length: int, batched: int) -> VllmLoad:
+    return VllmLoad(
+        max_model_len=length,
+        max_num_seqs=overrides.max_num_seqs,
+        max_num_batched_tokens=batched,
+        tensor_parallel_size=max(1, len(place.gpus)),
+        enforce_eager=not place.gpus,
+        version=overrides.vllm_version,
+        large_card=any(is_large(gpu.total_bytes, gpu.name) for gpu in place.gpus),
+    )
+
+
+def _estimate(
+    architecture: Architecture, load: VllmLoad, place: Place, *, in_files: Architecture, bytes_in_files: int | None
+) -> _Fit:
+    estimate = estimate_vllm(architecture, load)
+    weights = None if estimate.weights is None else estimate.weights.total
+    if bytes_in_files is not None:
+        weights = correct_weights(weights, in_files, in_files=bytes_in_files, cards=load.tensor_parallel_size)
+    on_card = bool(place.gpus)
+    memory = MemoryEstimate(
+        weights=weights or 0,
+        kv_cache=estimate.cache.request_bytes if estimate.cache else 0,
+        activation=estimate.activation,
+        cuda_graphs=estimate.cuda_graphs,
+        non_torch=estimate.non_torch if on_card else CPU_PROCESS_BYTES,
+        cuda_context=estimate.cuda_context if on_card else 0,
+    )
+    return _Fit(load=load, memory=memory)
+
+
+def _pool(architecture: Architecture, overrides: Overrides, place: Place, fit: _Fit) -> int:
+    """(2) Bytes of the KV pool on each card."""
+    one = fit.memory.kv_cache
+    room = place.budget - fit.memory.total + one
+    if place.gpus and (overrides.gpu_memory_utilization or overrides.residents == 1):
+        return room
+    typical = shape_cache(
+        architecture,
+        max_model_len=min(fit.load.max_model_len, _TYPICAL_JOB_TOKENS),
+        max_num_batched_tokens=fit.load.max_num_batched_tokens,
+        tensor_parallel_size=fit.load.tensor_parallel_size,
+    )
+    useful = (typical.request_bytes if typical else 0) * overrides.max_num_seqs
+    return max(one, min(room, useful if place.gpus else min(useful, _CPU_POOL_BYTES)))
+
+
+def _placement(spec: ModelSpec, overrides: Overrides, place: Place, fit: _Fit, pool: int) -> Placement:
+    memory = dataclasses.replace(fit.memory, kv_cache=pool)
+    share = None
+    if place.gpus:
+        # The context exists before vLLM compares its share with what is free.
+        inside = memory.total - memory.cuda_context
+        share = overrides.gpu_memory_utilization or inside / min(gpu.total_bytes for gpu in place.gpus)
+    return Placement(
+        spec=spec,
+        memory=memory,
+        max_model_len=fit.load.max_model_len,
+        max_num_seqs=fit.load.max_num_seqs,
+        max_num_batched_tokens=fit.load.max_num_batched_tokens,
+        kv_cache_bytes=pool,
+        gpus=tuple(gpu.index for gpu in place.gpus),
+        gpu_memory_utilization=share,
+        quantization=_quantization(spec, overrides),
+    )
+
+
+def _quantization(spec: ModelSpec, overrides: Overrides) -> str | None:
+    """Say what the engine is told; without VLLM_MODEL, files that are quantised already stay as they are."""
+    if overrides.model is not None or spec.quantization is None:
+        return overrides.quantization or spec.quantization
+    return spec.quantization
+
+
+def _arithmetic(fit: _Fit, place: Place) -> str:
+    memory, where = fit.memory, {0: "in RAM", 1: "on one card"}.get(len(place.gpus), "on each card")
+    return (
+        f"needs {gib(memory.weights)} weights + {gib(memory.kv_cache)} KV at {fit.load.max_model_len} tokens "
+        f"+ {gib(memory.overhead)} overhead = {gib(memory.total)} {where}; {place}"
+    )
