@@ -12,6 +12,7 @@ from typing import Protocol
 
 import httpx
 import huggingface_hub
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # public, but exported lazily
 
 from common.errors import ModelMissing
@@ -116,11 +117,10 @@ class HttpBytes:
         self._size = int(given[3])
         due = max(0, min(length, self._size - start))
         taken = bytearray()
-        if due:
-            for chunk in answer.iter_raw():
-                taken += chunk
-                if len(taken) >= due:
-                    break
+        for chunk in answer.iter_raw():
+            taken += chunk
+            if len(taken) >= due:
+                break
         if len(taken) < due:
             raise self._unreadable(f"the server gave {len(taken)} of {due} bytes", "Try again.")
         return bytes(taken[:due])
@@ -157,9 +157,12 @@ def hub_bytes(client: httpx.Client, repo: str, file: str, *, revision: str | Non
     Raises
     ------
     ModelMissing
-        It is not in the cache, and HF_HUB_OFFLINE is set.
+        It is not in the cache and HF_HUB_OFFLINE is set, or no repository can be called that.
     """
-    cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
+    except HFValidationError as error:
+        raise ModelMissing(f"{repo} is no name of a repository: {error} Correct repo in the catalogue.") from None
     if isinstance(cached, str):
         return FileBytes(Path(cached))
     if huggingface_hub.is_offline_mode():

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -97,6 +98,8 @@ def fetch_file(repo: str, file: str, *, revision: str | None = None, on_progress
         return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError as error:
+        raise ModelMissing(f"{repo} is no name of a repository: {error} Correct repo in the catalogue.") from None
     try:
         bar = _reporting_bar(on_progress) if on_progress else None
         return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, tqdm_class=bar))

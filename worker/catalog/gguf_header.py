@@ -15,11 +15,11 @@ from worker.catalog.byte_source import ByteSource, FileBytes, hub_bytes, hub_cli
 from worker.catalog.download import shard_names
 from worker.catalog.tensors import GgufHeader, Scalar, Tensor
 
-_CHUNK = 1024 * 1024  # bytes; a request or a system call for each of 150,000 tokens would take minutes
-_MAX_HEADER = 256 * 1024**2  # bytes; the largest real ones, of vocabularies of 260,000 tokens, have 20 MiB
-_MAX_TEXT = 64 * 1024  # bytes; names and chat templates are shorter
-_MAX_COUNT = 65_536  # tensors, or metadata keys; the largest models have about 3,000 and 100
-_MAX_DATA = 2 * 1024**4  # bytes; a larger model than any would be a broken header
+_CHUNK = 1024 * 1024  # bytes; one request, or one system call, for a great many tokens
+_MAX_HEADER = 256 * 1024**2  # bytes; a vocabulary of 262,144 tokens and its merges take 16 MiB
+_MAX_TEXT = 64 * 1024  # bytes; what is longer is no name, and no metadata that a decision needs
+_MAX_COUNT = 65_536  # tensors, or metadata keys; all experts of a layer are one tensor, so no model comes near
+_MAX_DATA = 2 * 1024**4  # bytes; no model is larger, so the header would be broken
 _MAX_DIMENSIONS = 4  # as in ggml
 _KEPT_ELEMENTS = 1024  # of an array: enough for a figure for each layer, too few for a vocabulary
 
@@ -119,7 +119,7 @@ class _Cursor:
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
-        self._chunk = b""
+        self._chunk = source.read(0, _CHUNK)
         self._start = 0  # of the chunk, in the file
         self.position = 0  # in the file
 

@@ -23,8 +23,8 @@ from worker.catalog.tensors import Tensor
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses more
-_FIRST_READ = 128 * 1024  # bytes; nearly every header is shorter, so one request is enough
-_AT_ONCE = 8  # requests; the largest repositories have 160 shards, and the hub is shared
+_FIRST_READ = 128 * 1024  # bytes; 97 % of the hub's headers are under 100 KB (huggingface_hub's count): one request
+_AT_ONCE = 8  # requests; some repositories have more than 100 shards, and the hub serves others too
 
 # Every dtype of safetensors 0.8.
 _BITS = {

@@ -4,6 +4,7 @@ Reading parts of files: one contract for the disk and a real server, and what is
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,6 +62,15 @@ def test_what_is_no_file_is_named(tmp_path: Path, name: str) -> None:
     """
     with pytest.raises(ModelMissing, match=r"cannot be read: .*\. Fetch the model again, or correct its path"):
         FileBytes(tmp_path / name).read(0, 8)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """
+    Opening one would wait for somebody to write into it.
+    """
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelMissing, match="it is no file"):
+        FileBytes(tmp_path / "pipe").read(0, 8)
 
 
 # Path -> status, body and headers: each does not give the first ten bytes in a way of its own.
@@ -204,6 +214,13 @@ class TestHub:
 
         with pytest.raises(ModelMissing, match=r"org/m/m\.gguf is not in the cache, and HF_HUB_OFFLINE is set"):
             hub_bytes(client, "org/m", "m.gguf")
+
+    def test_what_no_repository_can_be_called_is_named(self, cache: Path, client: httpx.Client) -> None:
+        """
+        The hub's own rules for names.
+        """
+        with pytest.raises(ModelMissing, match=r"org--m/m is no name of a repository: .* Correct repo"):
+            hub_bytes(client, "org--m/m", "m.gguf")
 
     def test_the_token_goes_to_the_hub_alone(
         self, use_hub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch

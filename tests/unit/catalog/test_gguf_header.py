@@ -173,6 +173,7 @@ def read(content: bytes) -> GgufHeader:
 
 ONE = tensor_of("a", (4, 2), 0, 0)  # 4 x 2 x 4 bytes
 TYPED = key("n", 4, struct.pack("<I", 7))
+LONG = key("v", 9, struct.pack("<IQ", 0, 1025) + bytes(1025))  # too long to keep
 ARRAY = struct.pack("<IQ", 4, 2**60)  # an array of 2**60 u32
 
 
@@ -204,6 +205,16 @@ def test_data_that_is_not_all_there_is_no_error(*, data: int, complete: bool) ->
     assert (header.data_bytes, header.complete) == (32, complete)
 
 
+def test_a_file_without_tensors_ends_with_its_header() -> None:
+    """
+    As the first shard of some models does, and a vocabulary alone.
+    """
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + TYPED
+
+    assert len(header) % 32
+    assert read(header).complete
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -223,6 +234,7 @@ def test_data_that_is_not_all_there_is_no_error(*, data: int, complete: bool) ->
         (file_of(keys=key("k", 9, struct.pack("<IQ", 9, 1) + ARRAY), key_count=1), "a value of the unknown kind 9"),
         (file_of(keys=key("k", 13, b""), key_count=1), "a value of the unknown kind 13"),
         (file_of(keys=TYPED * 2, key_count=2), "it has the key 'n' twice"),
+        (file_of(keys=LONG * 2, key_count=2), "it has the key 'v' twice"),
         (file_of(keys=key("general.alignment", 4, struct.pack("<I", 24)), key_count=1), "its alignment is 24, no"),
         (file_of(keys=key("general.alignment", 4, struct.pack("<I", 0)), key_count=1), "its alignment is 0, no"),
         (file_of(keys=key("general.alignment", 8, text("x")), key_count=1), "its alignment is x, no power of two"),
@@ -292,7 +304,7 @@ def a_header() -> bytes:
     """A small valid file with something of everything."""
     keys = (
         key("general.architecture", 8, text("llama")) + TYPED + key("k", 9, struct.pack("<IQ2H", 2, 2, 1, 2))
-        + key("t", 9, struct.pack("<IQ", 8, 1) + text("x")) + key("v", 9, struct.pack("<IQ", 0, 1025) + bytes(1025))
+        + key("t", 9, struct.pack("<IQ", 8, 1) + text("x")) + LONG
     )  # fmt: skip
     return file_of(ONE + tensor_of("b", (256,), 12, 32), count=2, keys=keys, key_count=5, data=176)
 
@@ -411,7 +423,7 @@ class TestShards:
 
 def test_a_file_of_the_hub_is_read_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Each shard is asked for once, for its first megabyte, and nothing is left in the cache.
+    Each shard is asked for once, and nothing is left in the cache.
     """
     first = shards(tmp_path, 2)
     files = {f"/org/m/resolve/main/{file.name}": file.read_bytes() for file in sorted(tmp_path.iterdir())}
@@ -423,6 +435,7 @@ def test_a_file_of_the_hub_is_read_by_its_header(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
         assert read_gguf_repository("org/m", first.name) == read_gguf_file(first)
+        assert hub.asked == [f"GET {path}" for path in files]
         with pytest.raises(ModelMissing, match=r"x\.gguf cannot be read: there is no such file"):
             read_gguf_repository("org/m", "x.gguf")
     assert not (tmp_path / "cache").exists()

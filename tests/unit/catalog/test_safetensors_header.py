@@ -196,9 +196,10 @@ def index_of(**weight_map: object) -> bytes:
     return json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
 
 
-FIRST, SECOND = file_of({"a": entry()}, 12), file_of({"b": entry("F32", (5,), 0, 20)}, 20)
+FIRST = file_of({"a": entry(), "a2": entry("U8", (1,), 12, 13)}, 13)
+SECOND = file_of({"b": entry("F32", (5,), 0, 20)}, 20)
 SHARDED = {
-    "model.safetensors.index.json": index_of(a="m-1.safetensors", b="m-2.safetensors"),
+    "model.safetensors.index.json": index_of(a="m-1.safetensors", a2="m-1.safetensors", b="m-2.safetensors"),
     "m-1.safetensors": FIRST,
     "m-2.safetensors": SECOND,
     "consolidated.safetensors": file_of({"c": entry()}, 12),
@@ -211,12 +212,12 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("files", "names"),
         [
-            (SHARDED, ["a", "b"]),  # the index says which files count
+            (SHARDED, ["a", "a2", "b"]),  # the index says which files count
             ({**SHARDED, "model.safetensors.index.json": index_of(b="m-2.safetensors")}, ["b"]),
-            ({"m-1.safetensors": FIRST, "m-2.safetensors": SECOND}, ["a", "b"]),  # no index: all files
-            ({"m-1.safetensors": FIRST, "consolidated.safetensors": SECOND}, ["a"]),  # the same weights twice
+            ({"m-1.safetensors": FIRST, "m-2.safetensors": SECOND}, ["a", "a2", "b"]),  # no index: all files
+            ({"m-1.safetensors": FIRST, "consolidated.safetensors": SECOND}, ["a", "a2"]),  # the same weights twice
             ({"consolidated.safetensors": SECOND}, ["b"]),
-            ({"m-1.safetensors": FIRST, "m-2.safetensors": FIRST}, ["a"]),  # a tensor in two files counts once
+            ({"m-1.safetensors": FIRST, "m-2.safetensors": FIRST}, ["a", "a2"]),  # a tensor in two files counts once
         ],
     )
     def test_its_files_are_read_as_one(self, tmp_path: Path, files: dict[str, bytes], names: list[str]) -> None:
@@ -283,10 +284,13 @@ class TestRepository:
 
     def test_every_shard_of_the_index_is_read(self, hub: Hub) -> None:
         """
-        Shard by shard in the index's order, whichever answers first.
+        In the order of their names whichever answers first, each asked for once, and no other file.
         """
-        assert [tensor.name for tensor in read_safetensors_repository("org/sharded")] == ["a", "b"]
-        assert not any("consolidated" in asked for asked in hub.asked)
+        assert [tensor.name for tensor in read_safetensors_repository("org/sharded")] == ["a", "a2", "b"]
+        assert sorted(asked.rpartition("/")[2] for asked in hub.asked if not asked.endswith(".json")) == [
+            "m-1.safetensors",
+            "m-2.safetensors",
+        ]
 
     def test_without_an_index_there_is_one_file(self, hub: Hub) -> None:
         """
@@ -300,11 +304,12 @@ class TestRepository:
             ("org/gap", "m-2.safetensors cannot be read: there is no such file"),
             ("org/none", "model.safetensors cannot be read: there is no such file"),
             ("org/gated", "asks for consent first"),
+            ("org--m/m", "org--m/m is no name of a repository"),
         ],
     )
     def test_what_cannot_be_had_is_named(self, hub: Hub, repo: str, says: str) -> None:
         """
-        A shard that is not there, no weights at all, no consent.
+        A shard that is not there, no weights at all, no consent, no name.
         """
         with pytest.raises(ModelMissing) as caught:
             read_safetensors_repository(repo)
