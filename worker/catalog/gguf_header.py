@@ -13,31 +13,16 @@ from typing import Any
 from common.errors import BadModelFile
 from worker.catalog.byte_source import ByteSource, FileBytes, hub_bytes, hub_client
 from worker.catalog.download import shard_names
+from worker.catalog.ggml_types import GGML_TYPES
 from worker.catalog.tensors import GgufHeader, Scalar, Tensor
 
 _CHUNK = 1024 * 1024  # bytes; one request, or one system call, for a great many tokens
-_MAX_HEADER = 256 * 1024**2  # bytes; a vocabulary of 262,144 tokens and its merges take 16 MiB
+_MAX_HEADER = 128 * 1024**2  # bytes; a vocabulary of 262,144 tokens and its merges take 16 MiB
 _MAX_TEXT = 64 * 1024  # bytes; what is longer is no name, and no metadata that a decision needs
 _MAX_COUNT = 65_536  # tensors, or metadata keys; all experts of a layer are one tensor, so no model comes near
 _MAX_DATA = 2 * 1024**4  # bytes; no model is larger, so the header would be broken
 _MAX_DIMENSIONS = 4  # as in ggml
 _KEPT_ELEMENTS = 1024  # of an array: enough for a figure for each layer, too few for a vocabulary
-
-# Type -> name, elements in a block, bytes of a block. A copy of the package gguf's table (a test compares them):
-# the package comes with the extra [llamacpp] alone, and maps the whole file to read its header.
-_TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8),
-    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8),
-    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
-    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 22: ("IQ2_S", 256, 82),
-    18: ("IQ3_XXS", 256, 98), 21: ("IQ3_S", 256, 110),
-    19: ("IQ1_S", 256, 50), 29: ("IQ1_M", 256, 56), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
-    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
-}  # fmt: skip
 
 # Kinds of metadata: the scalar ones as struct writes them, and two that have a length.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -261,9 +246,9 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[tuple[Tensor,
             raise ValueError(f"{name[:80]!r} claims {dimensions} dimensions")
         shape = cursor.numbers(f"{dimensions}Q")
         kind, offset = cursor.number("I"), cursor.number("Q")
-        if kind not in _TYPES:
+        if kind not in GGML_TYPES:
             raise ValueError(f"{name[:80]!r} has the unknown type {kind}")
-        dtype, block_elements, block_bytes = _TYPES[kind]
+        dtype, block_elements, block_bytes = GGML_TYPES[kind]
         row = shape[0] if shape else 1
         if row % block_elements:
             raise ValueError(f"a row of {name[:80]!r} has {row:,} elements, no multiple of {block_elements}")

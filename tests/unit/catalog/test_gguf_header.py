@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from common.errors import BadModelFile, ModelMissing
 from tests.fakes.hub import Hub
 from worker.catalog.byte_source import FileBytes
-from worker.catalog.gguf_header import _TYPES, read_gguf_file, read_gguf_header, read_gguf_repository
+from worker.catalog.ggml_types import GGML_TYPES
+from worker.catalog.gguf_header import read_gguf_file, read_gguf_header, read_gguf_repository
 from worker.catalog.tensors import GgufHeader, Tensor
 from worker.demo.tiny_models import make_tiny_gguf
 
@@ -42,11 +43,11 @@ class Bytes:
 class TestAsThePackageWritesThem:
     """The package gguf is the judge."""
 
-    def test_our_table_is_the_package_s(self) -> None:
+    def test_the_table_of_types_is_the_package_s(self) -> None:
         """
         Every type, with the elements and bytes of its blocks.
         """
-        assert {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType} == _TYPES
+        assert {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType} == GGML_TYPES
 
     @pytest.mark.parametrize("kind", GGMLQuantizationType, ids=lambda kind: kind.name)
     def test_a_tensor_of_each_type_has_its_bytes(self, tmp_path: Path, kind: GGMLQuantizationType) -> None:
@@ -296,7 +297,7 @@ class TestSize:
         with path.open("ab") as file:
             file.truncate(2**40)
 
-        with pytest.raises(BadModelFile, match="its header claims more than 268,435,456 bytes"):
+        with pytest.raises(BadModelFile, match="its header claims more than 134,217,728 bytes"):
             read_gguf_file(path)
 
 
