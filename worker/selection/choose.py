@@ -12,8 +12,10 @@ from worker.catalog.catalogue import Catalogue
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.hardware.gpu import Machine
 from worker.selection.overrides import Overrides
-from worker.selection.place import Refusal, force_model, place_model
+from worker.selection.place import force_model, place_model
 from worker.selection.placement import Placement
+from worker.selection.places import Refusal
+from worker.selection.seat import seat_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,11 @@ def choose_models(
     And of those that fit:
 
     4. May the router choose it? Of every tier only the best: trusted with the hardest jobs, then with the most
-       of it on the cards, then the largest. The others answer jobs that name them.
-    5. Which one starts? On cards the best of the highest tier. On a CPU the smallest: there time to load and
-       to answer grows with the weights, and a job that needs a larger model brings about the switch itself.
+       of it on the cards, then the largest; beside it the best that embeds. The others answer jobs that name them.
+    5. Which one starts? On cards the best of the highest tier that is wholly on them: with layers in RAM it answers
+       several times slower. On a CPU the smallest: there time to load and to answer grows with the weights, and a
+       job that needs a larger model brings about the switch itself.
+    6. Which are ready together? With several residents allowed, `seat_together` plans them for one card.
 
     Raises
     ------
@@ -89,6 +93,11 @@ def choose_models(
     placements.sort(key=_strength, reverse=True)
     offered = _one_auto_per_tier(placements)
     starting, reason = _start(offered, machine)
+    seated = seat_together([p for p in offered if p.auto and not _embeds(p)], starting, machine, overrides)
+    if starting is not None and seated:
+        offered = tuple(seated.get(placement.model_id, placement) for placement in offered)
+        starting = seated.get(starting.model_id, starting)
+        reason += f", together with {', '.join(name for name in seated if name != starting.model_id)}"
     return Choice(placements=offered, left_out=tuple(left_out), starting=starting, reason=reason)
 
 
@@ -153,26 +162,39 @@ def _check_only(catalogue: Catalogue, only: tuple[str, ...]) -> None:
 
 def _strength(placement: Placement) -> tuple[int, float, float, int, str]:
     spec = placement.spec
-    on_cards = 1.0 if placement.n_gpu_layers == -1 or spec.engine is EngineKind.VLLM else 0.0
-    if spec.layers and placement.n_gpu_layers > 0:
-        on_cards = placement.n_gpu_layers / (spec.layers + 1)
-    return spec.tier, spec.complexity_up_to, on_cards, spec.weights_bytes or 0, spec.id
+    return spec.tier, spec.complexity_up_to, _share_on_cards(placement), placement.memory.weights, spec.id
+
+
+def _share_on_cards(placement: Placement) -> float:
+    """1 for a model that is wholly on its cards, 0 for one that is not on any."""
+    if not placement.gpus:
+        return 0.0
+    memory = placement.memory
+    return memory.total / (memory.total + memory.host) if placement.n_gpu_layers > 0 else 1.0
 
 
 def _one_auto_per_tier(strongest_first: list[Placement]) -> tuple[Placement, ...]:
-    """(4) Leave to the router the first of each tier; the others keep their place."""
-    best: dict[int, str] = {}
+    """(4) Leave to the router the first of each tier, and of those that embed; the others keep their place."""
+    best: dict[tuple[int, bool], str] = {}
     for placement in strongest_first:
-        best.setdefault(placement.spec.tier, placement.model_id)
+        best.setdefault((placement.spec.tier, _embeds(placement)), placement.model_id)
     chosen = set(best.values())
     return tuple(replace(placement, auto=placement.model_id in chosen) for placement in strongest_first)
 
 
+def _embeds(placement: Placement) -> bool:
+    """It has no text to answer with, so no job that asks for text may meet it."""
+    return placement.spec.capabilities <= {"embedding"}
+
+
 def _start(strongest_first: tuple[Placement, ...], machine: Machine) -> tuple[Placement | None, str]:
     """(5) Choose what is loaded first, and say why."""
-    offered = [placement for placement in strongest_first if placement.auto]
+    offered = [placement for placement in strongest_first if placement.auto and not _embeds(placement)]
     if not offered:
         return None, "no model of the catalogue can run here"
     if machine.kind == "cpu":
         return offered[-1], "the smallest: on a CPU it is ready and answers soonest"
-    return offered[0], "the strongest that fits on this machine's cards"
+    whole = [placement for placement in offered if _share_on_cards(placement) == 1]
+    if not whole:
+        return offered[0], "the strongest that fits, no model wholly on this machine's cards"
+    return whole[0], "the strongest that fits wholly on this machine's cards"

@@ -19,9 +19,9 @@ from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
 from worker.selection.places import Place, Refusal, gib
 
-_SHORTEST = 2048  # tokens; a model that holds less is not worth its place
+SHORTEST = 2048  # tokens; a model that holds less is not worth its place
 # A longer context is offered only if somebody asks (VLLM_MAX_MODEL_LEN): it takes memory from other requests.
-_LONGEST = 32768
+LONGEST = 32768
 _TYPICAL_JOB_TOKENS = 2048  # prompt and answer; what a shared pool is sized by where models share the card
 _CPU_POOL_BYTES = 2**30  # vLLM takes 4 s at each start to allocate a pool of 1 GiB on the CPU
 
@@ -54,7 +54,7 @@ def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement |
         return cannot_tell(unknown)
     # (1) The longest that fits.
     fit = None
-    for length in lengths(spec, overrides, longest=_LONGEST):
+    for length in lengths(spec, overrides, longest=LONGEST):
         for batched in _batches(place):
             load = _load(overrides, place, length, batched)
             fit = _estimate(architecture, load, place, in_files=in_files, bytes_in_files=spec.weights_bytes)
@@ -69,7 +69,7 @@ def lengths(spec: ModelSpec, overrides: Overrides, *, longest: int) -> tuple[int
     if overrides.max_model_len is not None:
         return (min(overrides.max_model_len, spec.max_model_len),)
     found = [min(spec.max_model_len, longest)]
-    while found[-1] // 2 >= _SHORTEST:
+    while found[-1] // 2 >= SHORTEST:
         found.append(found[-1] // 2)
     return tuple(found)
 
