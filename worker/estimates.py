@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import BadCatalogue, Misconfigured, ModelMissing
+from common.errors import BadCatalogue, BadSetting, Misconfigured, ModelMissing
 from common.settings import Settings
 from worker.catalog.hf_config import packed_as, read_config
 from worker.catalog.local import read_facts, spec_from_path
@@ -53,6 +53,23 @@ def find_model(name: str, settings: Settings) -> Found:
     return Found(
         spec=spec_from_path(name, base_dir=settings.models.dir), source=str(path) if path.exists() else "the hub"
     )
+
+
+def answer_named(options: dict[str, Any], settings: Settings) -> Answer:
+    """
+    Answer for the model and the flags of the command.
+
+    Raises
+    ------
+    BadSetting
+        A flag has a value that makes no sense.
+    ModelMissing, BadCatalogue
+        There is no such model: see `find_model`.
+    """
+    case, problem, _ = read_case(options)
+    if case is None:
+        raise BadSetting(f"shiftworker estimate: {problem}.")
+    return answer_case(case, find_model(str(case.model), settings))
 
 
 def answer_case(case: Case, found: Found | None) -> Answer:

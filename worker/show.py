@@ -4,16 +4,21 @@ What people see in the terminal: a choice, a status, as tables; sizes in GiB.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from common.schemas import GpuStatus, HardwareStatus, SwitchRecord
 from worker.hardware.gpu import Machine
+from worker.memory.case import Answer
 from worker.selection.choose import Choice
 from worker.selection.describe import describe_placement
+
+if TYPE_CHECKING:
+    from worker.doctor import Report  # it knows every part of a worker, and whoever only asks has only some
 
 _GIB = 2**30
 
@@ -66,6 +71,39 @@ def choice_as_dict(choice: Choice) -> dict[str, Any]:
         ],
         "left_out": {left.model_id: left.reason for left in choice.left_out},
     }
+
+
+def answer_table(answer: Answer) -> Table:
+    """What one model takes: a line for each term, with its source."""
+    rows = (
+        ("weights", answer.weights_bytes, "weights"),
+        ("activation", answer.activation_bytes, "activation"),
+        ("CUDA graphs", answer.cuda_graph_bytes, "cuda_graphs"),
+        ("non-torch", answer.non_torch_bytes, "non_torch"),
+        ("CUDA context", answer.cuda_context_bytes, "cuda_context"),
+        ("KV cache", answer.kv_pool_bytes, "kv_pool"),
+    )
+    table = Table("term", "on each card", "from", box=None, pad_edge=False, caption_justify="left")
+    for name, size, key in rows:
+        table.add_row(name, "?" if size is None else f"{size / _GIB:.2f} GiB", answer.sources.get(key, ""))
+    if answer.host_bytes:
+        table.add_row("RAM beside it", gib(answer.host_bytes), "")
+    per_token = "?" if answer.kv_bytes_per_token is None else f"{answer.kv_bytes_per_token / 1024:.1f} KiB"
+    holds = (
+        "" if answer.kv_tokens is None else f"; {answer.kv_tokens:,} tokens, {answer.max_concurrency or 0:.2f} requests"
+    )
+    fits = {True: "It fits", False: "It does not fit", None: "Whether it fits is not known"}[answer.fits]
+    table.caption = (
+        f"{fits}: {answer.reason}. A token takes {per_token}{holds} of {answer.max_model_len or 0:,} tokens."
+    )
+    return table
+
+
+def doctor_report(report: Report) -> Group:
+    """The findings, a mark before each, then the choice."""
+    marks = {True: "[green]ok[/]     ", False: "[bold red]missing[/]", None: "[yellow]note[/]   "}
+    lines = [f"{marks[finding.good]} [bold]{finding.what}[/]: {escape(finding.detail)}" for finding in report.findings]
+    return Group(*lines, *([choice_table(report.choice)] if report.choice else []))
 
 
 def status_panel(status: HardwareStatus) -> Panel:

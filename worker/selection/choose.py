@@ -94,7 +94,7 @@ def choose_models(
     offered = _one_auto_per_tier(placements)
     starting, reason = _start(offered, machine)
     seated = seat_together([p for p in offered if p.auto and not _embeds(p)], starting, machine, overrides)
-    if starting is not None and seated:
+    if starting is not None and len(seated) > 1:
         offered = tuple(seated.get(placement.model_id, placement) for placement in offered)
         starting = seated.get(starting.model_id, starting)
         reason += f", together with {', '.join(name for name in seated if name != starting.model_id)}"
