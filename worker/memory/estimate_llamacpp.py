@@ -31,6 +31,10 @@ class LlamaCppOptions:
     flash_attention: bool = True  # what "auto" comes to on every card since 2018
     unified: bool = False  # one pool of cells for all slots, as llama-server has it when it chooses their number
 
+    # Versions before June 2026 reserve the logits of a whole batch, and flash attention's mask in 32 bits beside 16
+    # (llama.cpp #23861, #23764): for a vocabulary of 150,000 tokens 300 MiB more.
+    old_reserve: bool = True
+
     @property
     def pools(self) -> int:
         """Pools of cells."""
@@ -80,8 +84,7 @@ def estimate_llamacpp(
               window + ubatch, rounded) (src/llama-kv-cache-iswa.cpp); a compressed one has keys alone.
     state     of recurrent layers for each slot, 32-bit floats (src/llama-memory-recurrent.cpp).
     compute   the largest of what one batch needs at a time: its logits, one layer's attention, one layer's MLP.
-              Fitted to no log; public logs differ by 0 to 3 % of the card (flash attention's mask had three times
-              the bytes in versions before 2026).
+    context   of CUDA, once for each process.
 
     With *n_gpu_layers* = layers + 1 or more everything is on the card; with 0 large batches still use it, and
     with None nothing does.
@@ -139,29 +142,33 @@ def _compute(
     """
     Bytes of the compute buffers, on the card and on the host.
 
-    The rows of activations are counted as the graph's allocator lets them overlap at worst. A layer that stays on
-    the host is computed on the card for large batches: its largest matrix, or its keys and values, are copied.
+    Counts the rows of activations that the graph's allocator keeps at a time. A layer that stays on the host is
+    computed on the card for large batches: its largest matrix, or its keys and values, are copied there.
     """
-    tokens = min(options.ubatch, options.pools * options.pool_cells)
+    tokens = min(options.ubatch, options.slots * options.max_model_len)
     row = _FLOAT_BYTES * tokens
     attending = [cache for cache in set(_all(model.caches)) if _is_attention(cache)]
     cells = {_cells(cache, options) for cache in attending}
-    masks = sum(cells) * tokens * (2 if options.flash_attention else _FLOAT_BYTES)
-    scores = 0 if options.flash_attention else model.heads * max(cells, default=0) * row
     widest_kv = max((_kv_width(cache) for cache in attending), default=0)
+    masked = sum(cells) * tokens
+    mask = masked * (2 if options.flash_attention and not options.old_reserve else _FLOAT_BYTES)
+    cast = 2 * masked if options.flash_attention and options.old_reserve else 0  # replaces the mask after its first use
+    scores = 0 if options.flash_attention else model.heads * max(cells, default=0) * row
+    outputs = tokens if options.old_reserve else min(tokens, options.slots)
 
-    logits = row * (model.vocab_size + model.hidden_size)
-    attention = masks + scores + row * (2 * model.hidden_size + 3 * model.query_width + widest_kv)
-    mlp = masks + 3 * row * (model.hidden_size + model.feed_forward)
-    inputs = masks + 2 * row * model.hidden_size + options.slots * model.vocab_size * _FLOAT_BYTES
+    logits = _FLOAT_BYTES * outputs * model.vocab_size + row * model.hidden_size
+    attention = mask + cast + scores + row * (2 * model.hidden_size + 3 * model.query_width + widest_kv)
+    mlp = (cast or mask) + 3 * row * (model.hidden_size + model.feed_forward)
+    embedded = 2 * row * model.hidden_size
+    answers = options.slots * model.vocab_size * _FLOAT_BYTES
     if n_gpu_layers is None:
-        return 0, max(logits, attention, mlp) + inputs
+        return 0, max(logits, attention, mlp) + embedded + answers
     if n_gpu_layers == 0:
         logits += weights.output
     if host_kv:
         attention += max(host_kv)
         mlp += weights.largest_tensor
-    return max(logits, attention, mlp), inputs
+    return max(logits, attention, mlp), mask + embedded + answers
 
 
 def _cells(cache: Cache, options: LlamaCppOptions) -> int:
