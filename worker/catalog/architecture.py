@@ -61,6 +61,7 @@ class Latent:
 
     width: int  # kv_lora_rank + qk_rope_head_dim
     window: int | None = None
+    indexer_bytes: int = 0  # for each token beside it: the FP8 keys that sparse attention chooses tokens by
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

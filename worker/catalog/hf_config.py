@@ -11,18 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from worker.catalog.architecture import Architecture, Block, Matrix, RopeTable, Shard, State
-from worker.catalog.hf_facts import FAMILIES, UNLIKE, Facts, find_family
-from worker.catalog.hf_layers import (
-    Mixer,
-    expert_width,
-    has_experts,
-    head_dim_of,
-    mixer_parts,
-    mixers_of,
-    mlp_parts,
-    small,
-)
+from worker.catalog.hf_facts import FAMILIES, Facts, find_family
+from worker.catalog.hf_layers import Kind, expert_width, head_dim_of, kinds_of, layer_parts, small
 from worker.catalog.hf_quantization import named_quantization, read_quantization
+from worker.catalog.hf_vision import count_towers
 from worker.catalog.quantization import Quantization
 
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -43,16 +35,14 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
     facts = Facts({**config, **text} if text is not config else config, FAMILIES.get(kind))
     if said_by == "name":
         facts.assumed.append(f"the family {kind}, from the model's name")
-    elif said_by == "config" and kind in UNLIKE:
-        facts.unknown.append(f"the architecture {kind}")
     elif said_by == "config" and kind not in FAMILIES:
-        facts.assumed.append(f"the architecture {kind} is not known here: counted as a decoder like Llama")
+        facts.note(f"the architecture {kind}")
 
     blocks, outside = _blocks(facts), _outside(facts)
     unknown = tuple(facts.unknown)
     poor = said_by != "config"
     sees = "vision_config" in config or bool(name and _SEES.search(name))
-    vision = _vision(facts.raw("vision_config") if poor else config.get("vision_config"), facts)
+    vision = count_towers(config, facts, usual=poor)
     packing, packing_unknown = _packing(config, text, facts, name, quantization, poor=poor)
 
     declared = facts.number("total_params")
@@ -111,25 +101,35 @@ def packed_as(architecture: Architecture, method: str | None) -> Architecture:
 
 
 def _blocks(facts: Facts) -> tuple[Block, ...]:
-    layers = facts.needed("num_hidden_layers")
-    alike: defaultdict[tuple[Mixer, bool], list[int]] = defaultdict(list)
-    for index, kind in enumerate(mixers_of(facts, layers)):
-        alike[kind, has_experts(index, facts)].append(index)
+    alike: defaultdict[Kind, list[int]] = defaultdict(list)
+    for index, kind in enumerate(kinds_of(facts)):
+        alike[kind].append(index)
     blocks = []
-    for (kind, sparse), indices in alike.items():
-        mixer, cache = mixer_parts(kind, facts)
-        mlp = mlp_parts(kind, facts, sparse=sparse)
-        norms = small("norms", (facts.number("norms_per_layer") or 2) * facts.needed("hidden_size"))
-        blocks.append(Block(layers=tuple(indices), matrices=(*mixer, *mlp, norms), cache=cache))
+    for kind, indices in alike.items():
+        matrices, cache = layer_parts(kind, facts)
+        blocks.append(Block(layers=tuple(indices), matrices=tuple(matrices), cache=cache))
     return tuple(blocks)
 
 
 def _outside(facts: Facts) -> tuple[Matrix, ...]:
     hidden, vocab = facts.needed("hidden_size"), facts.needed("vocab_size")
     matrices = [
-        Matrix(name="embed_tokens", inputs=hidden, outputs=vocab, quantizable=False),
+        Matrix(
+            name="embed_tokens",
+            inputs=hidden,
+            outputs=vocab + (facts.number("extra_embeddings") or 0),
+            quantizable=False,
+        ),
         small("norm", hidden),
     ]
+    if (width := facts.number("hidden_size_per_layer_input")) is not None:  # Gemma 4 E2B and E4B
+        all_layers = width * facts.needed("num_hidden_layers")
+        rows = facts.number("vocab_size_per_layer_input") or vocab
+        matrices += [
+            Matrix(name="embed_tokens_per_layer", inputs=all_layers, outputs=rows, quantizable=False),
+            Matrix(name="per_layer_model_projection", inputs=hidden, outputs=all_layers),
+            small("per_layer_projection_norm", width),
+        ]
     if not facts.flag("tie_word_embeddings") and not facts.flag("encoder"):
         bias = vocab if facts.flag("lm_head_bias") else 0
         matrices.append(Matrix(name="lm_head", inputs=hidden, outputs=vocab))
@@ -224,35 +224,6 @@ def _rope(facts: Facts, kind: str, vision: int) -> tuple[RopeTable, ...]:
     if facts.flag("local_rope"):
         tables.append(RopeTable(rows=rows, width=facts.number("head_dim") or width))
     return tuple(tables)
-
-
-# --- Vision ------------------------------------------------------------------------------------------------
-
-
-def _vision(tower: object, facts: Facts) -> int:
-    """Count the numbers in the vision tower and its projector; 0 if there is none."""
-    extra = facts.number("extra_params")
-    if extra is not None or not isinstance(tower, Mapping):
-        return extra or 0
-    see = Facts(tower)
-    width = see.number("embed_dim") or see.number("hidden_size") or see.number("width") or see.number("d_model")
-    depth = see.number("depth") or see.number("num_hidden_layers") or see.number("layers")
-    if width is None or depth is None:
-        facts.assumed.append("a vision tower whose size the config does not say is not counted")
-        return 0
-    inner = see.number("intermediate_size") or int(width * float(see.raw("mlp_ratio") or 4))
-    gated = see.raw("hidden_act") in {"silu", "swiglu"} and str(tower.get("model_type")) != "qwen2_vl"
-    merge = (see.number("spatial_merge_size") or 1) ** 2
-    out = see.number("out_hidden_size") or facts.number("hidden_size") or width
-    patch = (see.number("patch_size") or 14) ** 2 * 3 * (see.number("temporal_patch_size") or 1)
-    positions = see.number("num_position_embeddings") or (
-        ((see.number("image_size") or 0) // (see.number("patch_size") or 14)) ** 2
-    )
-    layer = 4 * width * width + (3 if gated else 2) * width * inner
-    merger = (width * merge) * (width * merge if merge > 1 else out) + (width * merge if merge > 1 else out) * out
-    deep = tower.get("deepstack_visual_indexes")
-    mergers = 1 + (len(deep) if isinstance(deep, list) else 0)
-    return depth * layer + (patch + positions) * width + mergers * merger
 
 
 # --- Packing -----------------------------------------------------------------------------------------------

@@ -13,9 +13,13 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads", "num_query_groups"),
+    "num_key_value_heads": (
+        "num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads", "num_query_groups", "multi_query_group_num",
+    ),
     "head_dim": ("head_dim", "n_embd_head_k", "attention_head_dim", "kv_channels"),
-    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "n_ff"),
+    "intermediate_size": (
+        "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "block_ff_dim", "d_ff", "n_ff",
+    ),
     "vocab_size": ("vocab_size", "n_vocab", "padded_vocab_size"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx_train"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_expert"),
@@ -27,6 +31,15 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     ),
     "num_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "dense_layers": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
+    "experts_every": ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval"),
+    "qkv_bias": ("qkv_bias", "add_qkv_bias"),
+    "mamba_num_heads": ("mamba_num_heads", "mamba_n_heads"),
+    "mamba_head_dim": ("mamba_head_dim", "mamba_d_head"),
+    "mamba_groups": ("n_groups", "mamba_n_groups"),
+    "state_size": ("ssm_state_size", "mamba_d_state", "state_size"),
+    "conv_kernel": ("conv_kernel", "mamba_d_conv"),
+    "expand": ("mamba_expand", "expand"),
+    "dt_rank": ("mamba_dt_rank", "time_step_rank"),
 }  # fmt: skip
 
 _LARGEST = {
@@ -51,14 +64,14 @@ class Facts:
             value = self._config.get(spelling)
             if value is None or value is False or value == 0:
                 continue
-            if isinstance(value, list) and value and len(set(map(str, value))) == 1:
+            if isinstance(value, list) and value and all(item == value[0] for item in value):
                 value = value[0]
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             if not isinstance(value, int) or isinstance(value, bool):
-                self._note(f"{spelling}={value!r:.40} is no whole number")
+                self.note(f"{spelling}={_short(value)} is no whole number")
             elif not 0 < value <= _LARGEST.get(name, _LARGEST_SIZE):
-                self._note(f"{spelling}={value} makes no sense")
+                self.note(f"{spelling}={_short(value)} makes no sense")
             else:
                 return value
         default = self._defaults.get(name)
@@ -68,18 +81,28 @@ class Facts:
         """Like `number`; what is missing is noted as unknown, and 0."""
         found = self.number(name)
         if found is None:
-            self._note(name)
+            self.note(name)
         return found or 0
 
     def flag(self, name: str, *, default: bool = False) -> bool:
         """A yes or no."""
-        value = self._config.get(name)
+        value = next((v for key in _SPELLINGS.get(name, (name,)) if (v := self._config.get(key)) is not None), None)
         return bool(self._defaults.get(name, default) if value is None else value)
 
     def raw(self, name: str) -> Any:
         """Whatever is there, or the family's default."""
         value = self._config.get(name)
         return self._defaults.get(name) if value is None else value
+
+    def items(self, name: str) -> list[Any] | None:
+        """A list that is not empty."""
+        value = self.raw(name)
+        return value if isinstance(value, list) and value else None
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """A table; empty if the config has none."""
+        value = self.raw(name)
+        return value if isinstance(value, Mapping) else {}
 
     def share(self, name: str, default: float = 1.0) -> float:
         """A number between 0 and 1."""
@@ -91,9 +114,18 @@ class Facts:
         """Does the config itself say anything about it?"""
         return any(self._config.get(spelling) is not None for spelling in _SPELLINGS.get(name, (name,)))
 
-    def _note(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """Say what is unknown."""
         if what not in self.unknown:
             self.unknown.append(what)
+
+
+def _short(value: object) -> str:
+    """Show *value* in a few characters, also a number of thousands of digits."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 # --- Families: what their config classes in transformers fill in ---------------------------------------------
@@ -109,74 +141,122 @@ _GATED_DELTA_NET: dict[str, Any] = {
     "qk_norm": "head",
     "partial_rotary_factor": 0.25,
 }
-_QWEN_3_5: dict[str, Any] = {
-    **_GATED_DELTA_NET, "mamba_ssm_dtype": "float32",
-    "vision_config": {
-        "hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "patch_size": 16, "temporal_patch_size": 2,
-        "spatial_merge_size": 2, "num_position_embeddings": 2304,
-    },
+# The tower of all larger models of Qwen3-VL and Qwen3.5.
+_QWEN_TOWER: dict[str, Any] = {
+    "hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "patch_size": 16, "temporal_patch_size": 2,
+    "spatial_merge_size": 2, "num_position_embeddings": 2304,
 }  # fmt: skip
-_GEMMA: dict[str, Any] = {"tie_word_embeddings": True}
+_QWEN_3_5: dict[str, Any] = {**_GATED_DELTA_NET, "mamba_ssm_dtype": "float32", "vision_config": _QWEN_TOWER}
+_QWEN_3_VL: dict[str, Any] = {
+    "qk_norm": "head", "vision_config": {**_QWEN_TOWER, "deepstack_visual_indexes": [8, 16, 24]},
+}  # fmt: skip
+# Narrower models have a smaller tower; how small, a poor config does not say.
+_WIDE_TOWER: dict[str, Any] = {"vision_from": 4096}
+_QWEN_2: dict[str, Any] = {"qkv_bias": True, "use_sliding_window": False}
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_PLAIN_MLP: dict[str, Any] = {"mlp_mats": 2, "mlp_ratio": 4}
+_GPT: dict[str, Any] = {**_PLAIN_MLP, "all_bias": True}
+_ENCODER: dict[str, Any] = {**_GPT, "encoder": True}
 # Google trains these for 4 bits in groups of 32 (Q4_0), and repacked checkpoints keep the groups.
-_GEMMA_QAT: dict[str, Any] = {**_GEMMA, "qat_groups": True}
+_GEMMA_QAT: dict[str, Any] = {
+    **_TIED, "qat_groups": True, "norms_per_layer": 4, "qk_norm": "head", "sliding_window_pattern": 6,
+    "local_rope": True,
+}  # fmt: skip
+_SPARSE_MLA: dict[str, Any] = {"dense_layers": 3, "index_n_heads": 64, "index_head_dim": 128, "q_lora_rank": 1536}
 
+# Counted against the models that transformers 5 builds from these families' own configs: the number of parameters is
+# that of the model to 0.1 %, but for biases of norms.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gemma": {**_GEMMA, "head_dim": 256},
-    "gemma2": {**_GEMMA, "norms_per_layer": 4, "sliding_window_pattern": 2},
-    "gemma3": {
-        **_GEMMA_QAT, "norms_per_layer": 4, "qk_norm": "head", "sliding_window_pattern": 6, "local_rope": True,
-        "sliding_window": 1024, "vocab_size": 262208,
-    },
-    "gemma4": {
-        **_GEMMA_QAT, "norms_per_layer": 4, "qk_norm": "head", "sliding_window_pattern": 6, "local_rope": True,
-        "global_head_dim": 512, "num_global_key_value_heads": 2, "attention_k_eq_v": True, "dense_beside_experts": True,
-    },
-    "cohere": dict(_GEMMA), "cohere2": {**_GEMMA, "sliding_window_pattern": 4},
-    "phi": {"mlp_mats": 2, "all_bias": True, "lm_head_bias": True},
-    "gpt2": {**_GEMMA, "mlp_mats": 2, "all_bias": True, "learned_positions": True},
-    "gptj": {"mlp_mats": 2}, "gpt_neox": {"mlp_mats": 2, "all_bias": True},
-    "opt": {**_GEMMA, "mlp_mats": 2, "all_bias": True, "learned_positions": True},
-    "bloom": {**_GEMMA, "mlp_mats": 2, "all_bias": True}, "falcon": {**_GEMMA, "mlp_mats": 2},
-    "starcoder2": {**_GEMMA, "mlp_mats": 2, "all_bias": True}, "nemotron": {"mlp_mats": 2},
-    "arcee": {"mlp_mats": 2}, "stablelm": {}, "internlm2": {}, "baichuan": {}, "yi": {}, "exaone": {}, "exaone4": {},
+    # as Llama
     "llama": {}, "mistral": {}, "mistral3": {}, "ministral": {}, "ministral3": {}, "mixtral": {}, "pixtral": {},
-    "mllama": {}, "llava": {}, "granite": {**_GEMMA}, "granitemoe": {**_GEMMA}, "smollm3": {**_GEMMA},
-    "qwen2": {"qkv_bias": True}, "qwen2_vl": {"qkv_bias": True}, "qwen2_5_vl": {"qkv_bias": True},
-    "qwen2_moe": {"qkv_bias": True}, "dots_ocr": {"qkv_bias": True}, "dots1": {"qk_norm": "head"},
-    "qwen3": {"qk_norm": "head"}, "qwen3_moe": {"qk_norm": "head"}, "qwen3_vl": {"qk_norm": "head"},
-    "qwen3_vl_moe": {"qk_norm": "head"},
-    "qwen3_next": dict(_GATED_DELTA_NET), "qwen3_5": _QWEN_3_5, "qwen3_5_moe": _QWEN_3_5,
+    "llava": {}, "internlm2": {}, "internlm3": {}, "baichuan": {}, "yi": {}, "exaone": {}, "aquila": {}, "olmo": {},
+    "stablelm": {}, "phi3": {}, "glm": {}, "ernie4_5": {}, "deepseek_v2": {}, "deepseek_v3": {}, "kimi_k2": {},
+    "axk1": {}, "minicpm3": {}, "hyperclovax": {}, "cwm": {}, "solar_open": {}, "aria": {},
+    "smollm3": {**_TIED}, "granite": {**_TIED}, "granitemoe": {**_TIED}, "granitemoeshared": {**_TIED},
+    "chatglm": {"partial_rotary_factor": 0.5}, "ernie4_5_moe": {}, "glm4": {"norms_per_layer": 4},
+    "seed_oss": {"qkv_bias": True}, "phimoe": {"all_bias": True}, "apertus": {"mlp_mats": 2, "qk_norm": "head"},
+    "exaone4": {"qk_norm": "head"}, "exaone_moe": {"qk_norm": "head"},
     "olmo2": {"qk_norm": "full"}, "olmo3": {"qk_norm": "full", "sliding_window_pattern": 4},
-    "olmoe": {"qk_norm": "full"}, "phi3": {}, "phimoe": {"all_bias": True},
-    "gpt_oss": {"all_bias": True, "sliding_window_pattern": 2, "head_dim": 64, "sinks": True},
+    "olmoe": {"qk_norm": "full"}, "minimax_m2": {"qk_norm": "full"}, "dots1": {"qk_norm": "head"},
+    "hunyuan_v1_dense": {"qk_norm": "head"}, "hunyuan_v1_moe": {"qk_norm": "head"}, "dots_ocr": {"qkv_bias": True},
+    "afmoe": {"attn_output_gate": True, "qk_norm": "head", "norms_per_layer": 4},
+    "laguna": {"head_gate": True, "qk_norm": "head"},
+    "glm4_moe": {"dense_layers": 1, "head_dim": 128}, "glm4v_moe": {"dense_layers": 1, "head_dim": 128},
+    "glm4_moe_lite": {"dense_layers": 1},
+    "glm4v": {"qkv_bias": True, "norms_per_layer": 4}, "mllama": {"extra_embeddings": 8},
     "llama4": {
         "full_attention_every": 4, "chunked_attention": True, "num_experts_per_tok": 1, "shared_like_expert": True,
     },
-    "deepseek_v2": {}, "deepseek_v3": {}, "kimi_k2": {}, "glm": {}, "glm4": {"norms_per_layer": 4},
-    "glm4_moe": {"dense_layers": 1}, "glm_moe_dsa": {"dense_layers": 3}, "ernie4_5": {}, "ernie4_5_moe": {},
-    "minimax_m2": {"qk_norm": "full"}, "seed_oss": {"qkv_bias": True}, "hunyuan_v1_dense": {"qk_norm": "head"},
-    "lfm2": {**_GEMMA, "qk_norm": "head"}, "lfm2_moe": {**_GEMMA, "qk_norm": "head"},
-    "nemotron_h": {"mlp_mats": 2}, "bamba": {}, "granitemoehybrid": {**_GEMMA}, "jamba": {}, "mamba2": {}, "mamba": {},
-    "bert": {"mlp_mats": 2, "all_bias": True, "encoder": True},
-    "xlm_roberta": {"mlp_mats": 2, "all_bias": True, "encoder": True},
+    "gpt_oss": {"all_bias": True, "sliding_window_pattern": 2, "head_dim": 64, "sinks": True},
+    "deepseek_v32": {**_SPARSE_MLA},
+    "glm_moe_dsa": {
+        **_SPARSE_MLA, "index_n_heads": 32, "q_lora_rank": 2048, "qk_nope_head_dim": 192, "v_head_dim": 256,
+        "num_shared_experts": 1,
+    },
+    # Qwen
+    "qwen2": {**_QWEN_2}, "qwen2_moe": {**_QWEN_2},
+    "qwen2_vl": {
+        **_QWEN_2, "vision_config": {"embed_dim": 1280, "depth": 32, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    },
+    "qwen2_5_vl": {
+        **_QWEN_2, "vision_config": {
+            "hidden_size": 1280, "depth": 32, "intermediate_size": 3420, "hidden_act": "silu", "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    },
+    "qwen3": {"qk_norm": "head", "use_sliding_window": False},
+    "qwen3_moe": {"qk_norm": "head", "use_sliding_window": False}, "qwen3_vl": {**_QWEN_3_VL, **_WIDE_TOWER},
+    "qwen3_vl_moe": _QWEN_3_VL,
+    "qwen3_next": {**_GATED_DELTA_NET}, "qwen3_5": {**_QWEN_3_5, **_WIDE_TOWER}, "qwen3_5_moe": _QWEN_3_5,
+    # Gemma, Cohere
+    "gemma": {**_TIED, "head_dim": 256}, "gemma2": {**_TIED, "norms_per_layer": 4, "sliding_window_pattern": 2},
+    "gemma3": {**_GEMMA_QAT, "sliding_window": 1024, "vocab_size": 262208},
+    "gemma4": {
+        **_GEMMA_QAT, "global_head_dim": 512, "num_global_key_value_heads": 2, "attention_k_eq_v": True,
+        "dense_beside_experts": True, "partial_rotary_factor": 0.25, "vision_from": 2816,
+        "vision_config": {
+            "model_type": "gemma4_vision", "hidden_size": 1152, "depth": 27, "intermediate_size": 4304,
+            "patch_size": 16, "position_embedding_size": 10240,
+        },
+    },
+    "cohere": {**_TIED, "norms_per_layer": 1}, "cohere2": {**_TIED, "norms_per_layer": 1, "sliding_window_pattern": 4},
+    # as GPT
+    "phi": {**_GPT, "lm_head_bias": True}, "gpt2": {**_TIED, **_GPT, "learned_positions": True},
+    "gptj": {**_PLAIN_MLP, "mlp_bias": True, "lm_head_bias": True}, "gpt_neox": {**_GPT}, "bloom": {**_TIED, **_GPT},
+    "gpt_bigcode": {**_TIED, **_GPT, "learned_positions": True, "multi_query": True},
+    "opt": {**_TIED, **_GPT, "learned_positions": True}, "falcon": {**_TIED, **_PLAIN_MLP},
+    "starcoder2": {**_TIED, **_GPT}, "nemotron": {"mlp_mats": 2}, "arcee": {"mlp_mats": 2},
+    # recurrent
+    "lfm2": {**_TIED, "qk_norm": "head", "recurrent": "conv", "block_auto_adjust_ff_dim": True},
+    "lfm2_moe": {**_TIED, "qk_norm": "head", "recurrent": "conv"},
+    "nemotron_h": {"mlp_mats": 2, "recurrent": "mamba2", "one_part": True, "norms_per_layer": 1},
+    "bamba": {"recurrent": "mamba2"}, "granitemoehybrid": {**_TIED, "recurrent": "mamba2"},
+    "jamba": {"recurrent": "mamba", "inner_norms": True},
+    "mamba2": {"only": "mamba2", "one_part": True, "norms_per_layer": 1},
+    "mamba": {**_TIED, "only": "mamba", "one_part": True, "norms_per_layer": 1},
+    "falcon_mamba": {**_TIED, "only": "mamba", "one_part": True, "norms_per_layer": 1},
+    # encoders
+    "bert": _ENCODER, "roberta": _ENCODER, "xlm_roberta": _ENCODER,
 }  # fmt: skip
-
-# Families whose layers are put together in a way that is not counted here: better no answer than a wrong one.
-UNLIKE = frozenset({"gemma3n", "falcon_h1", "deepseek_v4", "rwkv", "whisper", "t5", "bart", "nemotron_nas", "deci"})
 
 # What a model's name says of its family, where the config is too poor to say it.
 _NAMED = (
-    (r"gemma-?4", "gemma4"), (r"gemma-?3", "gemma3"), (r"gemma-?2", "gemma2"), (r"gemma", "gemma"),
+    (r"gemma-?4", "gemma4"), (r"gemma-?3(?!n)", "gemma3"), (r"gemma-?2", "gemma2"), (r"gemma(?!-?3n)", "gemma"),
     (r"qwen3[._-]?next", "qwen3_next"), (r"qwen3\.[5-9].*a\d+b", "qwen3_5_moe"), (r"qwen3\.[5-9]", "qwen3_5"),
-    (r"qwen3.*a\d+b", "qwen3_moe"), (r"qwen3", "qwen3"), (r"qwen1\.5-moe|qwen2.*-a\d+b", "qwen2_moe"),
-    (r"qwen2|qwq|qwen1\.5", "qwen2"), (r"gpt-?oss", "gpt_oss"), (r"llama-?4", "llama4"),
-    (r"olmo-?3", "olmo3"), (r"olmo-?2", "olmo2"), (r"phi-?[12](\b|[._])", "phi"), (r"mixtral", "mixtral"),
-    (r"kimi-vl|moonlight|deepseek-v2", "deepseek_v2"), (r"granite", "granite"), (r"glm-?5", "glm_moe_dsa"),
-    (r"nemotron-?(nano|h)", "nemotron_h"),
+    (r"qwen3-vl.*a\d+b", "qwen3_vl_moe"), (r"qwen3-vl", "qwen3_vl"), (r"qwen3.*a\d+b", "qwen3_moe"),
+    (r"qwen3", "qwen3"), (r"qwen2\.5-vl", "qwen2_5_vl"), (r"qwen2-vl", "qwen2_vl"),
+    (r"qwen1\.5-moe|qwen2.*-a\d+b", "qwen2_moe"), (r"qwen2|qwq|qwen1\.5", "qwen2"), (r"gpt-?oss", "gpt_oss"),
+    (r"llama-?4", "llama4"), (r"llama", "llama"), (r"olmo-?3", "olmo3"), (r"olmo-?2", "olmo2"),
+    (r"phi-?[12](\b|[._])", "phi"), (r"mixtral", "mixtral"), (r"kimi-vl|moonlight|deepseek-?v2", "deepseek_v2"),
+    (r"granite-?4.*-h-", "granitemoehybrid"), (r"granite", "granite"), (r"glm-?5", "glm_moe_dsa"),
+    (r"nemotron-?(nano|h|3)", "nemotron_h"),
 )  # fmt: skip
 
 # Model types that are another family's under a name of their own.
-_ALIASES = {"mistral_small": "mistral", "gemma3n": "gemma3n", "kimi_vl": "deepseek_v2", "kimi_vl_text": "deepseek_v2"}
+_ALIASES = {
+    "mistral_small": "mistral", "kimi_vl": "deepseek_v2", "kimi_vl_text": "deepseek_v2", "xlm-roberta": "xlm_roberta",
+}  # fmt: skip
+_SUFFIX = re.compile(r"(_text_model|_text|_language)$")
 
 
 def find_family(config: Mapping[str, Any], text: Mapping[str, Any], name: str | None) -> tuple[str, str]:
@@ -187,7 +267,7 @@ def find_family(config: Mapping[str, Any], text: Mapping[str, Any], name: str | 
     """
     for said in (text.get("model_type"), config.get("model_type"), *_architectures(config)):
         if isinstance(said, str) and said:
-            kind = said.lower().removesuffix("_text").removesuffix("_language")
+            kind = _SUFFIX.sub("", said.lower())
             return _ALIASES.get(kind, kind), "config"
     for pattern, kind in _NAMED:
         if name is not None and re.search(pattern, name.lower()):

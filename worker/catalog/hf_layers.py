@@ -4,6 +4,7 @@ Which kind is each layer of a Hugging Face config, and which matrices is it made
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 from worker.catalog.architecture import Cache, KeysAndValues, Latent, Matrix, Shard, State
@@ -24,52 +25,104 @@ class Mixer(StrEnum):
     NONE = "none"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """What tells layers of one model apart."""
+
+    mixer: Mixer
+    sparse: bool  # a mixture of experts
+    heads: int  # query heads
+    borrows: bool  # keys and values are those of an earlier layer (Gemma 4)
+
+
 _LAYER_TYPES = {
-    "full_attention": Mixer.FULL, "attention": Mixer.FULL, "sliding_attention": Mixer.SLIDING,
-    "chunked_attention": Mixer.CHUNKED, "linear_attention": Mixer.DELTA, "mamba": Mixer.MAMBA2, "mamba2": Mixer.MAMBA2,
-    "conv": Mixer.CONV, "mlp": Mixer.NONE, "moe": Mixer.NONE,
+    "full_attention": Mixer.FULL, "attention": Mixer.FULL, "indexed_attention": Mixer.FULL,
+    "sliding_attention": Mixer.SLIDING, "chunked_attention": Mixer.CHUNKED, "linear_attention": Mixer.DELTA,
+    "mamba": Mixer.MAMBA2, "mamba2": Mixer.MAMBA2, "conv": Mixer.CONV, "mlp": Mixer.NONE, "moe": Mixer.NONE,
 }  # fmt: skip
-_PATTERN_LETTERS = {"M": Mixer.MAMBA2, "*": Mixer.FULL, "-": Mixer.NONE, "E": Mixer.NONE}
+_MOST_HEADS = 2**14
+_PATTERN_LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+_FULL_LAYERS = ("attn_layer_indices", "full_attn_idxs")  # lists of the layers with attention: Bamba, LFM2
 
 
-def mixers_of(facts: Facts, layers: int) -> tuple[Mixer, ...]:
+def kinds_of(facts: Facts) -> tuple[Kind, ...]:
+    """Say of each layer what it is."""
+    names = _names(facts)
+    layers = facts.number("num_hidden_layers") or (len(names) if names else facts.needed("num_hidden_layers"))
+    heads = facts.items("num_attention_heads_per_layer") or []
+    if heads and not (len(heads) == layers and all(type(count) is int and 0 < count < _MOST_HEADS for count in heads)):
+        facts.note("num_attention_heads_per_layer")
+        heads = []
+    own = layers - (facts.number("num_kv_shared_layers") or 0)
+    return tuple(
+        Kind(
+            mixer=mixer,
+            sparse=_has_experts(index, facts, names),
+            heads=heads[index] if heads else facts.number("num_attention_heads") or 0,
+            borrows=0 < own <= index,
+        )
+        for index, mixer in enumerate(_mixers(facts, layers, names))
+    )
+
+
+def _mixers(facts: Facts, layers: int, names: list[str] | None) -> tuple[Mixer, ...]:
     """
-    Say of each layer what it is. The questions, in order, the first that the config answers decides:
+    The mixer of each layer. The questions, in order, the first that the config answers decides:
 
-    1. Does it name every layer?        layer_types, layers_block_type, hybrid_override_pattern
-    2. Is attention compressed?         kv_lora_rank: all layers are MLA
-    3. Is only every n-th layer full?   the others are recurrent, chunked or sliding, as the family has it
-    4. Is there a window?               all layers slide
-    5. Otherwise                        full attention everywhere
+    1. Are all layers of one kind?      as the family has it: Mamba
+    2. Does it name every layer?        layer_types, layers_block_type, hybrid_override_pattern
+    3. Does it say which are full?      the others are recurrent
+    4. Is attention compressed?         kv_lora_rank: all layers are MLA
+    5. Is only every n-th layer full?   the others are recurrent, chunked or sliding, as the family has it
+    6. Is there a window?               all layers slide, or those from max_window_layers on
+    7. Otherwise                        full attention everywhere
     """
-    # (1) Every layer has a name. MLA models name theirs too.
-    if (named := _named(facts, layers)) is not None:
-        return tuple(Mixer.LATENT if facts.has("kv_lora_rank") and m is Mixer.FULL else m for m in named)
-    # (2) MLA.
+    recurrent = facts.raw("recurrent")
+    # (1) All of one kind.
+    if (only := facts.raw("only")) is not None:
+        return (Mixer(only),) * layers
+    # (2) Every layer has a name. MLA models name theirs too.
+    if names is not None:
+        if len(names) == layers and all(name in _LAYER_TYPES for name in names):
+            return tuple(_named(name, facts) for name in names)
+        facts.note("the kinds of its layers")
+    # (3) The full ones are listed, or every so many.
+    full = next((found for key in _FULL_LAYERS if (found := facts.items(key))), None)
+    if (period := facts.number("attn_layer_period")) is not None:
+        full = list(range(facts.number("attn_layer_offset") or 0, layers, period))
+    if full is not None and recurrent is not None:
+        return tuple(Mixer.FULL if index in full else Mixer(recurrent) for index in range(layers))
+    if recurrent is not None and names is None:
+        facts.note("which of its layers are recurrent")
+    # (4) MLA.
     if facts.number("kv_lora_rank") is not None:
         return (Mixer.LATENT,) * layers
-    # (3) Every n-th.
+    # (5) Every n-th.
     others, every = _every(facts, layers)
     if every is not None:
         return tuple(Mixer.FULL if (index + 1) % every == 0 else others for index in range(layers))
-    # (4) A window, (5) none.
-    sliding = facts.number("sliding_window") is not None and facts.flag("use_sliding_window", default=True)
-    return (Mixer.SLIDING if sliding else Mixer.FULL,) * layers
+    # (6) A window, (7) none.
+    if facts.number("sliding_window") is None or not facts.flag("use_sliding_window", default=True):
+        return (Mixer.FULL,) * layers
+    before = min(layers, facts.number("max_window_layers") or 0)
+    return (Mixer.FULL,) * before + (Mixer.SLIDING,) * (layers - before)
 
 
-def _named(facts: Facts, layers: int) -> tuple[Mixer, ...] | None:
+def _names(facts: Facts) -> list[str] | None:
     pattern = facts.raw("hybrid_override_pattern")
-    if isinstance(pattern, str) and len(pattern) == layers:
-        return tuple(_PATTERN_LETTERS.get(letter, Mixer.FULL) for letter in pattern)
-    names = facts.raw("layer_types") or facts.raw("layers_block_type")
-    if isinstance(names, list) and len(names) == layers and all(name in _LAYER_TYPES for name in names):
-        mamba1 = facts.has("mamba_dt_rank") or facts.has("time_step_rank")
-        kinds = (_LAYER_TYPES[name] for name in names)
-        return tuple(Mixer.MAMBA if kind is Mixer.MAMBA2 and mamba1 else kind for kind in kinds)
-    period, offset = facts.number("attn_layer_period"), facts.number("attn_layer_offset") or 0
-    if period is not None:
-        return tuple(Mixer.FULL if index % period == offset else Mixer.MAMBA for index in range(layers))
-    return None
+    if isinstance(pattern, str) and pattern:
+        return [_PATTERN_LETTERS.get(letter, letter) for letter in pattern]
+    names = facts.items("layer_types") or facts.items("layers_block_type")
+    return None if names is None else [str(name) for name in names]
+
+
+def _named(name: str, facts: Facts) -> Mixer:
+    mixer = _LAYER_TYPES[name]
+    if mixer is Mixer.FULL and facts.has("kv_lora_rank"):
+        return Mixer.LATENT
+    if mixer in {Mixer.DELTA, Mixer.MAMBA2} and (recurrent := facts.raw("recurrent")) is not None:
+        return Mixer(recurrent)
+    return Mixer.MAMBA if mixer is Mixer.MAMBA2 and facts.has("dt_rank") else mixer
 
 
 def _every(facts: Facts, layers: int) -> tuple[Mixer, int | None]:
@@ -78,7 +131,7 @@ def _every(facts: Facts, layers: int) -> tuple[Mixer, int | None]:
         return Mixer.DELTA, interval
     if (full := facts.number("kv_layers")) is not None and full < layers:
         return Mixer.DELTA, max(1, layers // full)
-    every = facts.number("full_attention_every")
+    every = facts.number("full_attention_every") or facts.number("global_attn_every_n_layers")
     window = facts.number("sliding_window") is not None
     if every is not None and (facts.flag("chunked_attention") or facts.has("attention_chunk_size")):
         return Mixer.CHUNKED, every
@@ -87,12 +140,26 @@ def _every(facts: Facts, layers: int) -> tuple[Mixer, int | None]:
     return Mixer.FULL, None
 
 
+def layer_parts(kind: Kind, facts: Facts) -> tuple[list[Matrix], Cache | None]:
+    """Give the matrices of a layer of this *kind*, and what it keeps for its tokens."""
+    matrices, cache = _mixer_parts(kind, facts)
+    # Some layers are a mixer or an MLP, not both (Mamba, Nemotron-H).
+    if kind.mixer is Mixer.NONE or not facts.flag("one_part"):
+        matrices += _mlp_parts(kind, facts)
+    hidden = facts.needed("hidden_size")
+    matrices.append(small("norms", (facts.number("norms_per_layer") or 2) * hidden))
+    if (width := facts.number("hidden_size_per_layer_input")) is not None:  # Gemma 4 E2B and E4B
+        matrices.append(Matrix(name="per_layer_input_gate", inputs=hidden, outputs=width, shard=Shard.COPY))
+        matrices.append(Matrix(name="per_layer_projection", inputs=width, outputs=hidden, shard=Shard.COPY))
+        matrices.append(small("post_per_layer_input_norm", hidden))
+    return matrices, cache
+
+
 # --- What mixes the tokens --------------------------------------------------------------------------------
 
 
-def mixer_parts(kind: Mixer, facts: Facts) -> tuple[list[Matrix], Cache | None]:
-    """Give the matrices of one layer's mixer and what it keeps for its tokens."""
-    match kind:
+def _mixer_parts(kind: Kind, facts: Facts) -> tuple[list[Matrix], Cache | None]:
+    match kind.mixer:
         case Mixer.FULL | Mixer.SLIDING | Mixer.CHUNKED:
             return _attention(kind, facts)
         case Mixer.LATENT:
@@ -115,17 +182,24 @@ def head_dim_of(facts: Facts) -> int:
     if found is not None:
         return found
     hidden, heads = facts.number("hidden_size"), facts.number("num_attention_heads")
-    return hidden // heads if hidden and heads else facts.needed("head_dim")
+    return hidden // heads if hidden and heads and hidden % heads == 0 else facts.needed("head_dim")
 
 
-def _attention(kind: Mixer, facts: Facts) -> tuple[list[Matrix], Cache]:
-    hidden, heads = facts.needed("hidden_size"), facts.needed("num_attention_heads")
-    kv_heads = facts.number("num_key_value_heads")
-    if kv_heads is None:
-        kv_heads = 1 if facts.flag("multi_query") else heads
-    head_dim = head_dim_of(facts)
+def _kv_heads(facts: Facts, heads: int) -> int:
+    """KV heads; one for each head where the config does not say (but one in all for the first Falcons)."""
+    if facts.flag("multi_query") and not facts.flag("new_decoder_architecture"):
+        return 1
+    kv_heads = facts.number("num_key_value_heads") or heads
+    if kv_heads and heads % kv_heads:
+        facts.note(f"num_key_value_heads={kv_heads} does not divide {heads} heads")
+    return kv_heads
+
+
+def _attention(kind: Kind, facts: Facts) -> tuple[list[Matrix], Cache | None]:
+    hidden, heads = facts.needed("hidden_size"), kind.heads or facts.needed("num_attention_heads")
+    kv_heads, head_dim = _kv_heads(facts, heads), head_dim_of(facts)
     shared_kv = False
-    if kind is Mixer.FULL and (global_dim := facts.number("global_head_dim")) is not None:
+    if kind.mixer is Mixer.FULL and (global_dim := facts.number("global_head_dim")) is not None:
         head_dim, shared_kv = global_dim, facts.flag("attention_k_eq_v")
         kv_heads = (facts.number("num_global_key_value_heads") if shared_kv else None) or kv_heads
     v_dim = facts.number("n_embd_head_v") or facts.number("v_head_dim") or head_dim
@@ -133,31 +207,47 @@ def _attention(kind: Mixer, facts: Facts) -> tuple[list[Matrix], Cache]:
 
     matrices = [
         Matrix(name="self_attn.q_proj", inputs=hidden, outputs=heads * head_dim * gate),
-        Matrix(name="self_attn.k_proj", inputs=hidden, outputs=kv_heads * head_dim, shard=Shard.HEADS),
         Matrix(name="self_attn.o_proj", inputs=heads * v_dim, outputs=hidden),
     ]
-    if not shared_kv:
-        matrices.append(Matrix(name="self_attn.v_proj", inputs=hidden, outputs=kv_heads * v_dim, shard=Shard.HEADS))
-    biases = 0
+    if not kind.borrows:
+        matrices += [
+            Matrix(name="self_attn.k_proj", inputs=hidden, outputs=kv_heads * head_dim, shard=Shard.HEADS),
+            # Where values are the keys, vLLM loads them twice all the same (gemma4.py).
+            Matrix(
+                name="self_attn.v_proj",
+                inputs=hidden,
+                outputs=kv_heads * v_dim,
+                shard=Shard.HEADS,
+                counted=not shared_kv,
+            ),
+        ]
+    if facts.flag("head_gate"):
+        matrices.append(Matrix(name="self_attn.g_proj", inputs=hidden, outputs=heads))
+    matrices.append(small("self_attn.biases", _attention_biases(facts, heads * gate, kv_heads, head_dim, v_dim)))
+    if kind.borrows:
+        return matrices, None
+    window = None
+    if kind.mixer is Mixer.SLIDING:
+        window = facts.needed("sliding_window")
+    elif kind.mixer is Mixer.CHUNKED:
+        window = facts.number("attention_chunk_size") or facts.needed("sliding_window")
+    chunked = kind.mixer is Mixer.CHUNKED
+    cache = KeysAndValues(kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_dim, window=window, chunked=chunked)
+    return matrices, cache
+
+
+def _attention_biases(facts: Facts, heads: int, kv_heads: int, head_dim: int, v_dim: int) -> int:
+    """Numbers in the biases, norms and sinks of attention."""
     everywhere = facts.flag("all_bias") or facts.flag("attention_bias")
+    biases = facts.needed("hidden_size") if everywhere else 0
     if everywhere or facts.flag("qkv_bias"):
-        biases += heads * head_dim * gate + kv_heads * (head_dim + v_dim)
-    biases += hidden if everywhere else 0
-    biases += heads if facts.flag("sinks") else 0
+        biases += heads * head_dim + kv_heads * (head_dim + v_dim)
+    if facts.flag("sinks"):
+        biases += heads
     norms = facts.raw("qk_norm")
     if norms == "full" or facts.flag("qk_norm_full"):
-        biases += (heads + kv_heads) * head_dim
-    elif norms:
-        biases += 2 * head_dim
-    window = None
-    if kind is Mixer.SLIDING:
-        window = facts.needed("sliding_window")
-    elif kind is Mixer.CHUNKED:
-        window = facts.number("attention_chunk_size") or facts.needed("sliding_window")
-    cache = KeysAndValues(
-        kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_dim, window=window, chunked=kind is Mixer.CHUNKED
-    )
-    return [*matrices, small("self_attn.biases", biases)], cache
+        return biases + (heads + kv_heads) * head_dim
+    return biases + (2 * head_dim if norms else 0)
 
 
 def _latent(facts: Facts) -> tuple[list[Matrix], Cache]:
@@ -187,7 +277,17 @@ def _latent(facts: Facts) -> tuple[list[Matrix], Cache]:
     else:
         matrices.append(Matrix(name="self_attn.q_a_proj", inputs=hidden, outputs=q_rank, shard=Shard.COPY))
         matrices.append(Matrix(name="self_attn.q_b_proj", inputs=q_rank, outputs=queries))
-    return matrices, Latent(width=rank + rope)
+    width = facts.number("index_head_dim")
+    if width is None or q_rank is None:
+        return matrices, Latent(width=rank + rope)
+    # Sparse attention (DeepSeek-V3.2): an indexer chooses the tokens, whole on every card, with keys of its own.
+    heads = facts.needed("index_n_heads")
+    matrices += [
+        Matrix(name="self_attn.indexer.wq_b", inputs=q_rank, outputs=heads * width, shard=Shard.COPY),
+        Matrix(name="self_attn.indexer.wk", inputs=hidden, outputs=width + heads, shard=Shard.COPY, quantizable=False),
+        small("self_attn.indexer.k_norm", 2 * width),
+    ]
+    return matrices, Latent(width=rank + rope, indexer_bytes=width + 4 * -(-width // 128))
 
 
 def _delta(facts: Facts) -> tuple[list[Matrix], Cache]:
@@ -210,11 +310,10 @@ def _delta(facts: Facts) -> tuple[list[Matrix], Cache]:
 
 def _mamba2(facts: Facts) -> tuple[list[Matrix], Cache]:
     hidden = facts.needed("hidden_size")
-    heads = facts.number("mamba_num_heads") or facts.number("mamba_n_heads") or facts.needed("num_heads")
-    head_dim = facts.number("mamba_head_dim") or facts.number("mamba_d_head") or facts.needed("head_dim")
-    groups = facts.number("n_groups") or facts.number("mamba_n_groups") or 1
-    size = facts.number("ssm_state_size") or facts.number("mamba_d_state") or facts.number("state_size") or 128
-    kernel = facts.number("conv_kernel") or facts.number("mamba_d_conv") or 4
+    heads = facts.number("mamba_num_heads") or facts.needed("num_heads")
+    head_dim = facts.number("mamba_head_dim") or facts.needed("head_dim")
+    groups, size = facts.number("mamba_groups") or 1, facts.number("state_size") or 128
+    kernel = facts.number("conv_kernel") or 4
     inner, mixed = heads * head_dim, heads * head_dim + 2 * groups * size
     matrices = [
         Matrix(name="mixer.in_proj", inputs=hidden, outputs=inner + mixed + heads),
@@ -228,10 +327,8 @@ def _mamba2(facts: Facts) -> tuple[list[Matrix], Cache]:
 
 def _mamba(facts: Facts) -> tuple[list[Matrix], Cache]:
     hidden = facts.needed("hidden_size")
-    inner = hidden * (facts.number("mamba_expand") or 2)
-    size = facts.number("mamba_d_state") or facts.number("state_size") or 16
-    kernel = facts.number("mamba_d_conv") or facts.number("conv_kernel") or 4
-    rank = facts.number("mamba_dt_rank") or facts.number("time_step_rank") or -(-hidden // 16)
+    inner, size = hidden * (facts.number("expand") or 2), facts.number("state_size") or 16
+    kernel, rank = facts.number("conv_kernel") or 4, facts.number("dt_rank") or -(-hidden // 16)
     matrices = [
         Matrix(name="mamba.in_proj", inputs=hidden, outputs=2 * inner),
         Matrix(name="mamba.x_proj", inputs=inner, outputs=rank + 2 * size, quantizable=False),
@@ -239,6 +336,8 @@ def _mamba(facts: Facts) -> tuple[list[Matrix], Cache]:
         Matrix(name="mamba.conv1d", inputs=kernel + 1 + size + 1, outputs=inner, quantizable=False),
         Matrix(name="mamba.out_proj", inputs=inner, outputs=hidden),
     ]
+    if facts.flag("inner_norms"):  # Jamba
+        matrices.append(small("mamba.norms", rank + 2 * size))
     return matrices, State(conv_elements=(kernel - 1) * inner, ssm_elements=inner * size, ssm_bytes=_ssm_bytes(facts))
 
 
@@ -260,40 +359,37 @@ def _ssm_bytes(facts: Facts) -> int:
 # --- What thinks about each token --------------------------------------------------------------------------
 
 
-def mlp_parts(kind: Mixer, facts: Facts, *, sparse: bool) -> list[Matrix]:
+def _mlp_parts(kind: Kind, facts: Facts) -> list[Matrix]:
     """Give the matrices of one layer's MLP: dense, experts, or (Gemma 4) both."""
-    if sparse:
-        matrices = _experts(facts)
-        return [*matrices, *_dense(facts)] if facts.flag("dense_beside_experts") else matrices
-    pattern = facts.raw("hybrid_override_pattern")
-    if isinstance(pattern, str) and kind is not Mixer.NONE:
-        return []  # Nemotron-H: the layer is a mixer or an MLP, not both
-    return _dense(facts)
+    if not kind.sparse:
+        return _dense(facts, wide=kind.borrows and facts.flag("use_double_wide_mlp"))
+    matrices = _experts(facts)
+    return [*matrices, *_dense(facts)] if facts.flag("dense_beside_experts") else matrices
 
 
-def has_experts(index: int, facts: Facts) -> bool:
+def _has_experts(index: int, facts: Facts, names: list[str] | None) -> bool:
     """Is the MLP of this layer a mixture of experts?"""
     if facts.number("num_experts") is None:
         return False
-    pattern = facts.raw("hybrid_override_pattern")
-    if isinstance(pattern, str):
-        return pattern[index : index + 1] == "E"
-    dense_only = facts.raw("mlp_only_layers")
-    if isinstance(dense_only, list) and index in dense_only:
+    if facts.flag("one_part"):
+        return names is not None and names[index : index + 1] == ["moe"]
+    for key in ("mlp_layer_types", "moe_layer_freq"):
+        if (kinds := facts.items(key)) is not None and index < len(kinds):
+            return kinds[index] in ("sparse", 1)
+    if index in (facts.items("mlp_only_layers") or ()):
         return False
+    if (sparse := facts.items("moe_layers")) is not None:  # Llama 4
+        return index in sparse
     if index < (facts.number("dense_layers") or 0):
         return False
     if (period := facts.number("expert_layer_period")) is not None:  # Jamba
         return index % period == (facts.number("expert_layer_offset") or 0)
-    step = facts.number("decoder_sparse_step") or facts.number("interleave_moe_layer_step") or 1
-    return (index + 1) % step == 0
+    return (index + 1) % (facts.number("experts_every") or 1) == 0
 
 
-def _dense(facts: Facts) -> list[Matrix]:
+def _dense(facts: Facts, *, wide: bool = False) -> list[Matrix]:
     hidden = facts.needed("hidden_size")
-    inner = facts.number("intermediate_size_mlp") or facts.number("intermediate_size")
-    if inner is None:
-        inner = _usual_width(facts)
+    inner = _dense_width(facts) * (2 if wide else 1)
     matrices = [
         Matrix(name="mlp.up_proj", inputs=hidden, outputs=inner),
         Matrix(name="mlp.down_proj", inputs=inner, outputs=hidden),
@@ -303,6 +399,20 @@ def _dense(facts: Facts) -> list[Matrix]:
     if facts.flag("all_bias") or facts.flag("mlp_bias"):
         matrices.append(small("mlp.biases", inner + hidden))
     return matrices
+
+
+def _dense_width(facts: Facts) -> int:
+    inner = facts.number("intermediate_size_mlp") or facts.number("intermediate_size")
+    if facts.number("num_experts") is None:  # Granite 4 without experts keeps only what they shared
+        inner = facts.number("shared_intermediate_size") or inner
+    if inner is None and (ratio := facts.number("mlp_ratio")) is not None:
+        return ratio * facts.needed("hidden_size")
+    if inner is None:
+        return _usual_width(facts)
+    if facts.flag("block_auto_adjust_ff_dim"):  # LFM2: two thirds, in whole steps
+        step = facts.number("block_multiple_of") or 256
+        return -(-(2 * inner // 3) // step) * step
+    return inner
 
 
 def _usual_width(facts: Facts) -> int:
@@ -319,21 +429,27 @@ def _usual_width(facts: Facts) -> int:
 def _experts(facts: Facts) -> list[Matrix]:
     hidden, count = facts.needed("hidden_size"), facts.needed("num_experts")
     inner = expert_width(facts) or facts.needed("moe_intermediate_size")
+    narrow = facts.number("moe_latent_size")  # Nemotron 3: experts see a narrower state
+    seen = narrow or hidden
     matrices = [
-        Matrix(name="mlp.experts.up_proj", inputs=hidden, outputs=inner, count=count),
-        Matrix(name="mlp.experts.down_proj", inputs=inner, outputs=hidden, count=count),
+        Matrix(name="mlp.experts.up_proj", inputs=seen, outputs=inner, count=count),
+        Matrix(name="mlp.experts.down_proj", inputs=inner, outputs=seen, count=count),
         Matrix(name="mlp.gate", inputs=hidden, outputs=count, shard=Shard.COPY, quantizable=False),
     ]
     if (facts.number("mlp_mats") or 3) > 2:  # noqa: PLR2004 - a gate beside up and down
-        matrices.append(Matrix(name="mlp.experts.gate_proj", inputs=hidden, outputs=inner, count=count))
+        matrices.append(Matrix(name="mlp.experts.gate_proj", inputs=seen, outputs=inner, count=count))
+    if narrow is not None:
+        matrices.append(Matrix(name="mlp.fc1_latent_proj", inputs=hidden, outputs=narrow, shard=Shard.COPY))
+        matrices.append(Matrix(name="mlp.fc2_latent_proj", inputs=narrow, outputs=hidden, shard=Shard.COPY))
     if facts.flag("all_bias"):
         matrices.append(small("mlp.experts.biases", count * (2 * inner + hidden + 1)))
     shared = facts.number("shared_expert_intermediate_size") or (facts.number("num_shared_experts") or 0) * inner
     if facts.flag("shared_like_expert"):
         shared = shared or inner
     if shared:
+        ups = (facts.number("mlp_mats") or 3) - 1
         matrices += [
-            Matrix(name="mlp.shared_expert.up_gate_proj", inputs=hidden, outputs=2 * shared),
+            Matrix(name="mlp.shared_expert.up_gate_proj", inputs=hidden, outputs=ups * shared),
             Matrix(name="mlp.shared_expert.down_proj", inputs=shared, outputs=hidden),
         ]
     return matrices

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from worker.catalog.architecture import Architecture, Cache, KeysAndValues, Latent, State
 
 _BLOCK_TOKENS = 16  # vLLM's smallest block
+_SPARSE_FP8_BYTES = 656  # 512 in FP8 with their scales, 64 rope dimensions in 16 bit (mla_attention.py, fp8_ds_mla)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,9 @@ def _token_bytes(cache: Cache | None, element_bits: int, cards: int) -> int:
             heads = max(1, cache.kv_heads // cards)
             return heads * (cache.head_dim + cache.v_head_dim) * element_bits // 8
         case Latent():
-            return cache.width * element_bits // 8
+            if cache.indexer_bytes and element_bits == 8:  # noqa: PLR2004 - a byte
+                return _SPARSE_FP8_BYTES + cache.indexer_bytes
+            return cache.width * element_bits // 8 + cache.indexer_bytes
         case _:
             return 0
 
