@@ -28,7 +28,7 @@ class LlamaCppOptions:
     key_type: str = "F16"  # of the KV cache, as ggml calls it; in capitals or not
     value_type: str = "F16"
     ubatch: int = 512  # tokens of one physical batch
-    flash_attention: bool = True  # what "auto" comes to on every card since 2018
+    flash_attention: bool = True  # what "auto" comes to on CUDA and on the CPU
     unified: bool = False  # one pool of cells for all slots, as llama-server has it when it chooses their number
 
     # Versions before June 2026 reserve the logits of a whole batch, and flash attention's mask in 32 bits beside 16

@@ -20,6 +20,7 @@ _SLIDING: dict[str, tuple[int | None, bool, int | None]] = {
     "muse-glimmer": (4, False, None), "mimo2": (None, False, None), "step35": (None, False, None),
     "granite_swa": (None, False, None), "maple": (None, False, None),
 }  # fmt: skip
+_MAY_BE_FULL = frozenset({"gemma3", "olmo2", "afmoe", "plamo3", "laguna", "mellum"})  # where the file has no window
 _EXAONE4_WITH_WINDOW = 64  # layers: the 32B alone slides
 
 # Recurrent throughout, at every layer beside attention, where there are no KV heads, and all but every n-th.
@@ -127,11 +128,6 @@ def read_caches(facts: GgufFacts) -> tuple[tuple[Cache, ...], ...]:
     return tuple(caches)
 
 
-def kv_heads_of(facts: GgufFacts) -> tuple[int, ...]:
-    """KV heads of each layer; as many as there are heads where the file does not say."""
-    return facts.of_layers("attention.head_count_kv") or facts.of_layers("attention.head_count") or (0,) * facts.layers
-
-
 def head_size(facts: GgufFacts, which: str = "key") -> int:
     """Elements of a key or value head: hidden size / heads where the file does not say."""
     found = facts.number(f"attention.{which}_length")
@@ -145,13 +141,18 @@ def head_size(facts: GgufFacts, which: str = "key") -> int:
     return hidden // heads
 
 
+def _kv_heads(facts: GgufFacts) -> tuple[int, ...]:
+    """KV heads of each layer; as many as there are heads where the file does not say."""
+    return facts.of_layers("attention.head_count_kv") or facts.of_layers("attention.head_count") or (0,) * facts.layers
+
+
 def _recurrent(facts: GgufFacts) -> tuple[bool, ...]:
     everywhere = (True,) * facts.layers
     if facts.kind in _RECURRENT | _BOTH:
         return everywhere
     if facts.kind in _WITHOUT_HEADS:
         mlp = _mlp_only(facts)
-        return tuple(heads == 0 and not mlp[layer] for layer, heads in enumerate(kv_heads_of(facts)))
+        return tuple(heads == 0 and not mlp[layer] for layer, heads in enumerate(_kv_heads(facts)))
     if facts.kind in _INTERVAL:
         said = facts.of_layers("attention.recurrent_layers")
         every = facts.number("full_attention_interval") or _USUAL_INTERVAL
@@ -173,7 +174,7 @@ def _attending(facts: GgufFacts) -> tuple[int, ...]:
     recurrent, mlp = _recurrent(facts), _mlp_only(facts)
     return tuple(
         heads if layer < own and not mlp[layer] and (facts.kind in _BOTH or not recurrent[layer]) else 0
-        for layer, heads in enumerate(kv_heads_of(facts))
+        for layer, heads in enumerate(_kv_heads(facts))
     )
 
 
@@ -194,7 +195,7 @@ def _windows(facts: GgufFacts) -> tuple[int | None, ...]:
     every, first, usual = _SLIDING[facts.kind]
     window = usual if facts.kind == "llama4" else window or usual
     if window is None:
-        if facts.kind not in {"gemma3", "olmo2", "afmoe", "plamo3", "laguna", "mellum"}:
+        if facts.kind not in _MAY_BE_FULL:
             facts.note("attention.sliding_window")
         return full
     key = "attention.sliding_window_pattern"

@@ -25,6 +25,8 @@ _ROLES = {
 _PACKED_TOO = frozenset({"linear_attn.in_proj_ba", "mamba.x_proj", "mamba.dt_proj"})
 # Keys, queries and values are one tensor, which has the role of the values.
 _FUSED = frozenset({"phi", "phi3", "gpt2", "gpt_neox", "bloom", "falcon", "chatglm", "mpt", "starcoder", "dbrx"})
+# A size that differs by less from llama.cpp's recipe may do so by rounding, or by a tensor or two.
+_TOLERANCE = 0.03
 # How a layer of which only the size is known is divided: as in Llama-3-8B.
 _USUAL_SHARES = {
     Role.QUERY: 0.077, Role.KEY: 0.019, Role.VALUE: 0.019, Role.MIXED: 0.077, Role.UP: 0.539, Role.DOWN: 0.269,
@@ -77,21 +79,20 @@ def predict_gguf(architecture: Architecture, quantization: str, *, weights_bytes
 
 def _weights(architecture: Architecture, mix: str, weights_bytes: int | None, assumed: list[str]) -> GgufWeights:
     """
-    Weigh the pieces by llama.cpp's recipe, or by the one that comes nearer to the known size.
+    Weigh the pieces by llama.cpp's recipe; by another where that is far from the known size and the other nearer.
 
     Unsloth's dynamic mixes keep the embedding and the head, and in mixtures of experts all but the experts, in
     8 bits; where the mix is of 8 bits already, in 16 (seen in the logs of Qwen3.5-35B-A3B and Qwen3.6-27B).
     """
-    plain = _weigh(architecture, mix)
+    chosen = _weigh(architecture, mix)
     if weights_bytes is None:
-        return plain
-    raised = "BF16" if mix == "Q8_0" else "Q8_0"
-    dynamic = _weigh(architecture, mix, raised=raised)
-    chosen = min(plain, dynamic, key=lambda weights: abs(weights.total - weights_bytes))
-    if architecture.unknown_weights or chosen is plain:
-        chosen = plain
-    else:
-        assumed.append(f"a guess: {raised} for embedding and head, for that explains the file's size better than {mix}")
+        return chosen
+    if not architecture.unknown_weights and abs(chosen.total - weights_bytes) > _TOLERANCE * weights_bytes:
+        raised = "BF16" if mix == "Q8_0" else "Q8_0"
+        dynamic = _weigh(architecture, mix, raised=raised)
+        if abs(dynamic.total - weights_bytes) < abs(chosen.total - weights_bytes):
+            chosen = dynamic
+            assumed.append(f"a guess: {raised} for embedding and head, as the size is far from that of {mix}")
     layers = _scale(chosen.layers, weights_bytes - (chosen.total - sum(chosen.layers)))
     largest = chosen.largest_tensor or layers[0] // 3  # gate, up and down are most of a layer
     return dataclasses.replace(chosen, layers=layers, largest_tensor=largest)

@@ -166,6 +166,16 @@ class TestWithTheFilesSize:
         )
         assert not predict_gguf(QWEN36_27B, "Q8_0").assumed
 
+    def test_a_size_near_the_recipe_s_changes_nothing_but_the_layers(self) -> None:
+        """
+        Two hundredths more, and the embedding is in 4 bits as before.
+        """
+        plain = weights(CODESTRAL, "Q4_0")
+        found = weights(CODESTRAL, "Q4_0", int(plain.total * 1.02))
+
+        assert (found.embedding, found.output) == (plain.embedding, plain.output)
+        assert sum(found.layers) == pytest.approx(sum(plain.layers) + 0.02 * plain.total, rel=1e-6)
+
     def test_a_config_without_the_mlp_is_enough_when_the_size_is_known(self) -> None:
         """
         The layers share what embedding and head leave.
