@@ -136,7 +136,9 @@ def test_a_hub_repository_becomes_an_entry(hub: Hub) -> None:
     spec = spec_from_path("org/v")
 
     assert (spec.id, spec.engine, spec.repo, spec.max_model_len) == ("v", EngineKind.VLLM, "org/v", 128)
-    assert (spec.weights_bytes, spec.layers, spec.kv_heads, spec.head_dim) == (12, 2, 4, 16)
+    assert spec.weights_bytes == 12
+    assert spec.architecture is not None
+    assert (spec.architecture.layers, spec.architecture.heads) == (2, 4)
 
 
 def test_what_an_engine_is_told_to_load(tmp_path: Path, hub: Hub) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
 from common.errors import BadCatalogue, ModelMissing
 from tests.factories import make_spec
 from worker.catalog.catalogue import Catalogue
+from worker.catalog.hf_config import read_config
 from worker.catalog.local import read_all_facts, read_facts, spec_from_path
 from worker.catalog.spec import EngineKind
 
@@ -28,25 +30,37 @@ CONFIG: dict[str, Any] = {
 
 
 def folder(tmp_path: Path, config: dict[str, Any], **weights: int) -> Path:
+    """A model's folder; each of *weights* is a file with one tensor of so many bytes."""
     here = tmp_path / "My model"
     here.mkdir()
     (here / "config.json").write_text(json.dumps(config))
     for name, size in weights.items():
-        (here / f"{name}.safetensors").write_bytes(bytes(size))
+        save(here / f"{name}.safetensors", {f"{name}.weight": ("BF16", size // 2)})
     return here
 
 
-def gguf_file(path: Path, *, kv_heads: int | list[int] | None = 2) -> Path:
+def save(path: Path, tensors: dict[str, tuple[str, int]]) -> None:
+    """A safetensors file of zeros: of each tensor its type and how many numbers."""
+    header, end = {}, 0
+    for name, (dtype, count) in tensors.items():
+        start, end = end, end + count * {"BF16": 2, "F32": 4}[dtype]
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+def gguf_file(path: Path) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(4)
     writer.add_context_length(512)
     writer.add_embedding_length(64)
     writer.add_head_count(8)
-    if kv_heads is not None:
-        writer.add_head_count_kv(kv_heads)
+    writer.add_head_count_kv(2)
     writer.add_token_list(["a", "b", "c"])
+    writer.add_tensor("token_embd.weight", np.zeros((3, 64), dtype=np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
     return path
 
@@ -58,7 +72,8 @@ def test_a_folder_is_a_vllm_model(tmp_path: Path) -> None:
     spec = spec_from_path(str(folder(tmp_path, CONFIG, a=100, b=28)))
 
     assert (spec.id, spec.engine, spec.max_model_len) == ("My-model", EngineKind.VLLM, 2048)
-    assert (spec.weights_bytes, spec.layers, spec.kv_heads, spec.head_dim, spec.vocab_size) == (128, 4, 2, 32, 1000)
+    assert (spec.weights_bytes, spec.loaded_bytes) == (128, 128)
+    assert spec.architecture == read_config(CONFIG, name="My model")
     assert spec.complexity_up_to == 1.0
 
 
@@ -67,7 +82,7 @@ def test_the_index_says_which_shards_count(tmp_path: Path) -> None:
     A repository may hold the same weights a second time; only the shards of the index are loaded.
     """
     here = folder(tmp_path, CONFIG, a=100, consolidated=100)
-    (here / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    (here / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "a.safetensors"}}))
 
     assert spec_from_path(str(here)).weights_bytes == 100
 
@@ -75,11 +90,8 @@ def test_the_index_says_which_shards_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "field", "value"),
     [
-        ({"text_config": CONFIG}, "layers", 4),  # models with vision
-        ({**CONFIG, "head_dim": 128}, "head_dim", 128),  # Qwen3: not hidden / heads
-        ({**CONFIG, "num_key_value_heads": None}, "kv_heads", 8),  # no grouping: as many as heads
-        ({**CONFIG, "kv_lora_rank": 512}, "kv_heads", None),  # MLA: unknown to this estimate
         ({**CONFIG, "quantization_config": {"quant_method": "awq"}}, "quantization", "awq"),
+        ({"text_config": CONFIG}, "max_model_len", 2048),  # models with vision
         (CONFIG, "weights_bytes", None),  # no weights on disk
     ],
 )
@@ -90,27 +102,29 @@ def test_configs_differ(tmp_path: Path, config: dict[str, Any], field: str, valu
     assert getattr(spec_from_path(str(folder(tmp_path, config))), field) == value
 
 
-@pytest.mark.parametrize(("written", "read"), [(2, 2), ([1, 4, 2, 1], 4), (None, 8)])
-def test_a_gguf_file_is_a_llama_cpp_model(tmp_path: Path, written: int | list[int] | None, read: int) -> None:
+def test_what_an_engine_does_not_load_is_not_counted(tmp_path: Path) -> None:
     """
-    Facts from the header; KV heads given for each layer count by the largest, not given they are the heads.
+    A head that is tied to the embeddings and is in the file all the same, a draft's layer; 32 bit is cast to 16.
     """
-    file = gguf_file(tmp_path / "tiny.gguf", kv_heads=written)
+    here = folder(tmp_path, {**CONFIG, "tie_word_embeddings": True})
+    names = ("model.layers.3.mlp.x", "lm_head.weight", "mtp.fc.weight", "model.layers.4.mlp.x")
+    save(here / "model.safetensors", {**dict.fromkeys(names, ("BF16", 50)), "model.norm.weight": ("F32", 50)})
+    spec = spec_from_path(str(here))
+
+    assert (spec.weights_bytes, spec.loaded_bytes) == (600, 200)
+
+
+def test_a_gguf_file_is_a_llama_cpp_model(tmp_path: Path) -> None:
+    """
+    Facts and bytes from its header.
+    """
+    file = gguf_file(tmp_path / "tiny.gguf")
     spec = spec_from_path(str(file))
 
     assert (spec.id, spec.engine, spec.path, spec.max_model_len) == ("tiny", EngineKind.LLAMACPP, file, 512)
-    assert (spec.layers, spec.kv_heads, spec.head_dim, spec.vocab_size) == (4, read, 8, 3)
-    assert spec.weights_bytes == file.stat().st_size
-
-
-def test_every_shard_of_a_gguf_counts(tmp_path: Path) -> None:
-    """
-    The first shard has the header, all of them have weights.
-    """
-    first = gguf_file(tmp_path / "m-00001-of-00002.gguf")
-    (tmp_path / "m-00002-of-00002.gguf").write_bytes(bytes(1000))
-
-    assert spec_from_path(str(first)).weights_bytes == first.stat().st_size + 1000
+    assert spec.header is not None
+    assert spec.header.metadata["llama.attention.head_count_kv"] == 2
+    assert spec.weights_bytes == 3 * 64 * 2
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "model.gguf", "a/b/c", "no such thing"])
@@ -151,14 +165,15 @@ def test_a_length_is_not_invented(tmp_path: Path) -> None:
         spec_from_path(str(folder(tmp_path, config)))
 
 
-def test_the_catalogue_wins_over_the_files(tmp_path: Path) -> None:
+def test_files_know_how_large_they_are_and_the_entry_how_it_is_used(tmp_path: Path) -> None:
     """
-    Only what the entry leaves out is read from the files.
+    Bytes and architecture are the files' own; the length that the entry gives stays.
     """
-    spec = make_spec("x", repo=None, file=None, path=gguf_file(tmp_path / "x.gguf"), layers=99, kv_heads=None)
+    spec = make_spec("x", repo=None, file=None, path=gguf_file(tmp_path / "x.gguf"), max_model_len=256)
     found = read_facts(spec)
 
-    assert (found.layers, found.kv_heads, found.max_model_len) == (99, 2, spec.max_model_len)
+    assert (found.weights_bytes, found.max_model_len, found.quantization) == (3 * 64 * 2, 256, "Q4_K_M")
+    assert found.header is not None
 
 
 def test_missing_files_are_a_reason_and_no_end(tmp_path: Path) -> None:

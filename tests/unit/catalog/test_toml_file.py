@@ -11,8 +11,10 @@ import pytest
 from common.errors import BadCatalogue
 from tests.factories import make_spec
 from worker.catalog.catalogue import Catalogue
-from worker.catalog.spec import EngineKind
+from worker.catalog.hf_config import packed_as
+from worker.catalog.spec import EngineKind, ModelSpec
 from worker.catalog.toml_file import load_catalogue
+from worker.memory.weigh import checkpoint_bytes
 
 ENTRY = """
 [[models]]
@@ -37,12 +39,31 @@ def test_every_shipped_entry_can_be_estimated() -> None:
     """
     catalogue = load_catalogue()
 
-    assert len(catalogue) >= 10
+    assert len(catalogue) >= 60
     for spec in catalogue:
-        assert None not in (spec.weights_bytes, spec.layers, spec.kv_heads, spec.head_dim, spec.vocab_size)
+        assert spec.architecture is not None
+        assert (spec.architecture.unknown_weights, spec.architecture.unknown_cache) == ((), ())
+        assert spec.architecture.assumed == ()
         assert spec.licence
-        assert "chat" in spec.capabilities
+        assert spec.capabilities & {"chat", "embedding"}
         assert not spec.trust_remote_code
+
+
+# Their files hold more than is loaded: the output head, a copy of the embeddings; or the layer of a draft.
+STORED_MORE = {"qwen3-0.6b", "qwen3-1.7b", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3-next-80b-a3b"}
+WEIGHED = [spec for spec in load_catalogue() if spec.weights_bytes and spec.engine is EngineKind.VLLM]
+
+
+@pytest.mark.parametrize("spec", WEIGHED, ids=lambda spec: spec.id)
+def test_files_and_architecture_agree(spec: ModelSpec) -> None:
+    """
+    The bytes of the files are those that the config's matrices add up to, within 1 %.
+    """
+    assert spec.architecture is not None
+    assert spec.weights_bytes is not None
+    share = checkpoint_bytes(packed_as(spec.architecture, spec.quantization)) / spec.weights_bytes
+
+    assert 0.99 <= share <= 1.01 or (spec.id in STORED_MORE and 0.75 <= share < 0.99)
 
 
 def test_every_tier_is_trusted_with_more_than_the_one_below() -> None:
