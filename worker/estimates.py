@@ -81,8 +81,9 @@ def answer_case(case: Case, found: Found | None) -> Answer:
         return judge_vllm(case)
     if found.spec.architecture is None:
         return Answer(model=case.model, engine="vllm", reason="a GGUF file is llama.cpp's: use --engine llamacpp")
-    files = Files(weights_bytes=found.spec.weights_bytes, source=found.source)
     in_files = packed_as(found.spec.architecture, found.spec.quantization)
+    held = found.spec.loaded_bytes or (found.spec.weights_bytes if in_files.unknown_weights else None)
+    files = Files(weights_bytes=held, source=found.source)
     return judge_vllm(case, architecture=packed_as(in_files, case.quantization), files=files)
 
 

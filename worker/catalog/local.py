@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import huggingface_hub
 
-from common.errors import BadCatalogue, BadModelFile, ModelMissing
+from common.errors import BadCatalogue, ModelMissing
 from worker.catalog.architecture import Architecture
 from worker.catalog.catalogue import Catalogue
 from worker.catalog.download import fetch_file, weights_bytes
@@ -25,6 +26,7 @@ from worker.catalog.spec import EngineKind, ModelSpec
 from worker.catalog.tensors import GgufHeader, Tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
 _CAPABILITIES = frozenset({"chat", "completion", "json", "tools"})
 
 
@@ -35,6 +37,7 @@ class Facts:
     max_model_len: int | None = None
     quantization: str | None = None
     weights_bytes: int | None = None
+    loaded_bytes: int | None = None
     architecture: Architecture | None = None
     header: GgufHeader | None = None
 
@@ -61,8 +64,7 @@ def spec_from_path(name: str, *, base_dir: Path | None = None) -> ModelSpec:
             f"VLLM_MODEL={name}: no catalogue entry, no folder or file {path.absolute()}, and no hub repository "
             "either (those are org/name). Run `shiftworker models` for what is known."
         )
-    config = _json(fetch_file(name, "config.json"))
-    facts = dataclasses.replace(_config_facts(config, name), weights_bytes=_hub_bytes(name))
+    facts = _weighed(_config_facts(_json(fetch_file(name, "config.json")), name), name)
     return _spec(name.rpartition("/")[2], EngineKind.VLLM, facts, repo=name)
 
 
@@ -153,7 +155,7 @@ def _local_facts(path: Path) -> Facts:
         )
     facts = _config_facts(_json(config), path.resolve().name)
     if any(path.glob("*.safetensors")):
-        facts = dataclasses.replace(facts, weights_bytes=_sum(read_safetensors_folder(path)))
+        facts = _with_tensors(facts, read_safetensors_folder(path))
     return facts
 
 
@@ -176,16 +178,32 @@ def _config_facts(config: dict[str, Any], name: str) -> Facts:
     )
 
 
-def _hub_bytes(repo: str) -> int | None:
-    """What the headers in a hub repository say; the files' sizes, if it serves no ranges."""
+def _weighed(facts: Facts, repo: str) -> Facts:
+    """Add what the headers in a hub repository say; the files' sizes, if it serves no ranges."""
     try:
-        return _sum(read_safetensors_repository(repo))
-    except (BadModelFile, ModelMissing):
-        return weights_bytes(repo)
+        return _with_tensors(facts, read_safetensors_repository(repo))
+    except ModelMissing:
+        return dataclasses.replace(facts, weights_bytes=weights_bytes(repo))
 
 
-def _sum(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _with_tensors(facts: Facts, tensors: Iterable[Tensor]) -> Facts:
+    """
+    Add up what an engine loads of *tensors*.
+
+    It leaves an output head that is tied to the embeddings, and layers of a draft; and it casts 32-bit floats to
+    16 bit, but for the scales of packed weights.
+    """
+    tensors, architecture = tuple(tensors), facts.architecture
+    assert architecture is not None  # noqa: S101 - a folder without config.json is no model
+    tied = not any(matrix.name == "lm_head" for matrix in architecture.outside)
+    loaded = 0
+    for tensor in tensors:
+        layer = _LAYER.search(tensor.name)
+        draft = tensor.name.startswith("mtp.") or (layer is not None and int(layer[1]) >= architecture.layers > 0)
+        if not draft and not (tied and tensor.name == "lm_head.weight"):
+            wide = tensor.dtype in {"F32", "F64"} and architecture.quantization is None
+            loaded += math.prod(tensor.shape) * architecture.dtype_bytes if wide else tensor.nbytes
+    return dataclasses.replace(facts, weights_bytes=sum(tensor.nbytes for tensor in tensors), loaded_bytes=loaded)
 
 
 def _gguf_facts(file: Path) -> Facts:
@@ -194,6 +212,6 @@ def _gguf_facts(file: Path) -> Facts:
     length = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
     return Facts(
         max_model_len=length if isinstance(length, int) and length > 0 else None,
-        weights_bytes=_sum(header.tensors),
+        weights_bytes=sum(tensor.nbytes for tensor in header.tensors),
         header=header,
     )

@@ -45,7 +45,8 @@ class ModelSpec:
     licence: str | None = None
 
     # What memory depends on; None = read it from the files, or unknown.
-    weights_bytes: int | None = None  # of all tensors in the files
+    weights_bytes: int | None = None  # of the files, all shards
+    loaded_bytes: int | None = None  # of the tensors that an engine loads, from the files' headers
     architecture: Architecture | None = None  # from config.json, or the entry's [models.config]
     header: GgufHeader | None = None  # of a GGUF file that is here
 

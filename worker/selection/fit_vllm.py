@@ -49,7 +49,9 @@ def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement |
         return cannot_tell(("config.json",))
     in_files = packed_as(spec.architecture, spec.quantization)
     architecture = packed_as(in_files, _quantization(spec, overrides))
-    unknown = (*(architecture.unknown_weights if spec.weights_bytes is None else ()), *architecture.unknown_cache)
+    # The size of the download is the last resort: it may hold a second head, or a draft, that nothing loads.
+    held = spec.loaded_bytes or (spec.weights_bytes if architecture.unknown_weights else None)
+    unknown = (*(() if held else architecture.unknown_weights), *architecture.unknown_cache)
     if unknown:
         return cannot_tell(unknown)
     # (1) The longest that fits.
@@ -57,7 +59,7 @@ def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement |
     for length in lengths(spec, overrides, longest=LONGEST):
         for batched in _batches(place):
             load = _load(overrides, place, length, batched)
-            fit = _estimate(architecture, load, place, in_files=in_files, bytes_in_files=spec.weights_bytes)
+            fit = _estimate(architecture, load, place, in_files=in_files, bytes_in_files=held)
             if fit.memory.total <= place.budget:
                 return _placement(spec, overrides, place, fit, _pool(architecture, overrides, place, fit))
     assert fit is not None  # noqa: S101 - there is always a length
