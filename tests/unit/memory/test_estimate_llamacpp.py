@@ -137,6 +137,22 @@ def test_each_layer_is_where_llama_cpp_puts_it(n_gpu_layers: int | None) -> None
     assert (found.compute_card == 0) == (n_gpu_layers is None)
 
 
+def test_a_layer_on_the_host_is_copied_for_a_batch() -> None:
+    """
+    While one is left there: its largest matrix, or its keys and values, beside what the MLP or attention needs.
+    """
+    by_mlp, larger = (
+        model(weights=GgufWeights(embedding=1, layers=(1,) * 4, output=1, largest_tensor=size * MIB))
+        for size in (500, 700)
+    )
+    by_attention = model(attention(8, 128))
+
+    assert estimate(larger, 4).compute_card - estimate(by_mlp, 4).compute_card == 200 * MIB
+    assert estimate(larger, 5).compute_card == estimate(by_mlp, 5).compute_card
+    copied = estimate(by_attention, 4).compute_card - estimate(by_attention, 5).compute_card
+    assert copied == 4096 * 2 * 8 * 128 * 2
+
+
 def test_a_tied_output_is_a_copy_on_the_card_and_none_on_the_host() -> None:
     """
     On the host one table serves both ends.

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.catalog.architecture import Architecture
@@ -69,6 +69,15 @@ class TestTheRecipe:
         bits = weights(LLAMA_8B, mix).total * 8 / 8_030_261_312
 
         assert bits == pytest.approx(BITS_PER_WEIGHT[mix], abs=0.0001)
+
+    def test_the_first_and_last_eighth_and_every_third_layer_between_have_more_bits(self) -> None:
+        """
+        Llama-3.1-8B in Q4_K_M: the others have Q4_K for values and the way down, these Q6_K.
+        """
+        layers = weights(LLAMA_8B, "Q4_K_M").layers
+
+        more = {number for number, size in enumerate(layers) if size > min(layers)}
+        assert more == {0, 1, 2, 3, *range(6, 28, 3), 28, 29, 30, 31}
 
     def test_iq4_is_taken_to_be_made_with_an_importance_matrix(self) -> None:
         """
@@ -214,6 +223,7 @@ def test_what_is_unknown_is_named() -> None:
     assert {"hidden_size", "vocab_size"} <= set(nothing.unknown)
 
 
+@settings(deadline=1000)
 @given(
     mix=st.sampled_from(sorted(MIXES)), layers=st.integers(1, 90), hidden=st.integers(1, 64).map(lambda n: n * 32),
     inner=st.integers(1, 9000), vocab=st.integers(1, 5000), tied=st.booleans(), size=st.none() | st.integers(0, 10**12),

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.catalog.architecture import KeysAndValues
@@ -67,6 +67,7 @@ def test_the_most_layers_that_fit_are_found(model: GgufModel) -> None:
             assert found == estimate(model, best)
 
 
+@settings(deadline=1000)
 @given(
     layers=st.lists(st.integers(1, 400), min_size=1, max_size=80),
     card=st.integers(0, 40_000),
