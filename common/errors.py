@@ -13,7 +13,9 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   ├── EngineFailed            the engine lives, but answered with an error of its own, or with nonsense
     │   ├── EngineTimeout           the engine did not answer in time
     │   ├── LoadFailed              the engine did not come up, or its canary did not answer
-    │   ├── LoadRefused             too hot, too much power, or too little free memory to load now
+    │   │   └── OutOfMemory             it ended for want of memory: a smaller plan may do
+    │   ├── LoadRefused             too hot, or too much power, to load now
+    │   │   └── TooLittleMemory         too little of it is free to load now: a smaller plan may do
     │   └── NotEndedYet             the producer's wait is over and the job is not: wait again
     ├── Stopped                 the job was ended on purpose: a retry is the producer's choice
     │   ├── JobCancelled            somebody cancelled it
@@ -98,8 +100,16 @@ class LoadFailed(Unavailable):
     """The engine did not become ready: it ended, hung, or failed its canary prompt."""
 
 
+class OutOfMemory(LoadFailed):
+    """The engine ended for want of memory while it loaded."""
+
+
 class LoadRefused(Unavailable):
     """The hardware says no for now: temperature, power, or free memory."""
+
+
+class TooLittleMemory(LoadRefused):
+    """Nothing speaks against the load but that too little memory is free."""
 
 
 class NotEndedYet(Unavailable):

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from worker.catalog.spec import EngineKind
+from worker.memory.measured import Measured
 from worker.selection.placement import Placement
 
 
@@ -60,6 +61,7 @@ class Loaded:
     seconds: float
     pids: tuple[int, ...] = ()  # the process tree, for NVML and for people
     rss_bytes: int | None = None  # of the tree; None where the engine has no process of its own
+    measured: Measured = field(default_factory=Measured)  # what the engine itself says of its memory
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -122,6 +124,8 @@ class Engine(Protocol):
         LoadFailed
             It ended, or did not become ready in *timeout_s*; nothing of it is left running. The message
             carries the last lines the engine printed.
+        OutOfMemory
+            The same, for want of memory: a smaller placement may do.
         EngineMissing, ModelMissing
             It cannot be started here at all.
         """

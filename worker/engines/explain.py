@@ -1,5 +1,5 @@
 """
-Why did the engine not start? Finds the lines that say so in what it printed.
+Why did the engine not start? Finds the lines that say so in what it printed, and whether it lacked memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ _RAISED = re.compile(r"^([\w.]+\.)?\w*(Error|Exception|Interrupt)\b(:|$)")  # th
 _COMPLAINT = re.compile(r"\b(error|failed|cannot|invalid|not found|no such)\b", re.IGNORECASE)
 # vLLM's front process says only this; the reason stands above it, printed by the engine's own process.
 _GENERIC = ("Engine core initialization failed", "EngineCore failed to start", "WorkerProc initialization failed")
+
+# vLLM: torch's allocators, on a card and on the host; then its own checks (v1/worker/utils.py, cpu_worker.py,
+# v1/core/kv_cache_utils.py). llama.cpp: CUDA's allocator, ggml's buffers, and the C++ library's.
+_OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|DefaultCPUAllocator: (not enough|can't allocate)"
+    r"|less than desired \w+ memory utilization|No available memory for the cache blocks"
+    r"|KV\s+cache is needed, which is larger than|cudaMalloc failed: out of memory"
+    r"|(failed|unable) to allocate .*buffer|std::bad_alloc"
+)
+KILLED = 128 + 9  # the exit code of a process that SIGKILL ended, as the guard hands it on
 
 DETAIL_LINES = 2  # pydantic puts its finding on the lines after the error's name
 MAX_LINES = 3
@@ -46,6 +56,11 @@ def explain_failure(log: str) -> str:
 
     # (3) Anything.
     return _joined(lines[-MAX_LINES:])
+
+
+def ran_out_of_memory(log: str, exit_code: int | None) -> bool:
+    """Did the engine that printed *log* and ended with *exit_code* lack memory? Killed means: perhaps, so yes."""
+    return exit_code == KILLED or _OUT_OF_MEMORY.search(log) is not None
 
 
 def _joined(lines: list[str]) -> str:

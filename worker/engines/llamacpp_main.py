@@ -21,6 +21,7 @@ def main() -> None:
     params.n_ctx = options.ctx_size
     params.n_parallel = options.parallel
     params.n_gpu_layers = options.n_gpu_layers
+    params.cache_type_k, params.cache_type_v = options.cache_type_k, options.cache_type_v
     params.fit_params = options.fit == "on"
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
     params.n_threads_http = options.threads_http
@@ -45,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ctx-size", type=int, required=True)
     parser.add_argument("--parallel", type=int, required=True)
     parser.add_argument("--n-gpu-layers", type=int, default=0)
+    for cache in ("--cache-type-k", "--cache-type-v"):
+        parser.add_argument(cache, type=_ggml_type, default=xllamacpp.ggml_type.GGML_TYPE_F16)
     parser.add_argument("--fit", choices=("on", "off"), default="on")
     parser.add_argument("--threads", type=int, default=-1, help="-1 = as many as there are cores")
     parser.add_argument("--threads-http", type=int, default=-1)
@@ -54,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jinja", action="store_true")
     parser.add_argument("--embeddings", action="store_true")
     return parser
+
+
+def _ggml_type(name: str) -> xllamacpp.ggml_type:
+    try:
+        return xllamacpp.ggml_type[f"GGML_TYPE_{name.upper()}"]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{name} is no type of ggml") from None
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ Runs llama.cpp's server, one per model: the `llama-server` that is here, or the 
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,13 +66,17 @@ def command(
     # llama.cpp divides the context among its slots; each of ours gets the whole length.
     line += ["--ctx-size", str(placement.max_model_len * slots), "--parallel", str(slots)]
     line += ["--n-gpu-layers", str(layers), "--fit", "off"]  # the placement is decided already
+    if placement.kv_cache_dtype is not None:
+        line += ["--cache-type-k", placement.kv_cache_dtype, "--cache-type-v", placement.kv_cache_dtype]
     # One core for the worker: llama.cpp's threads wait for each other at every layer, and on two busy cores two of
     # them took 18 s where one took 3 to 9 (6 x 200 tokens).
     line += ["--threads", str(max(1, cpu_count - 1))]
     # A kept connection occupies a thread, so there must be one for each that we may open, and for the health check.
     line += ["--threads-http", str(MAX_CONNECTIONS + 4)]
     line += ["--cache-ram", "0"]  # else up to 8 GiB of old prompts, which no estimate knows of
-    line += ["--log-verbosity", "2", "--no-webui", "--jinja"]  # 2 = warnings; 3 would be lines for every request
+    # 2 = warnings. The sizes of its buffers come at 4 (3 in older builds), with 24 lines for every request; a level
+    # that ends with the load there is none.
+    line += ["--log-verbosity", "2", "--no-webui", "--jinja"]
     if "embedding" in placement.spec.capabilities:
         line += ["--embeddings"]
     return line
@@ -102,6 +109,18 @@ def find_server(settings: LlamaCppSettings) -> tuple[str, ...]:
     if importlib.util.find_spec("xllamacpp") is not None:
         return (sys.executable, "-I", str(Path(__file__).with_name("llamacpp_main.py")))
     raise EngineMissing(f"No llama-server on the PATH, and xllamacpp is not installed. {_HOW_TO_INSTALL}")
+
+
+def find_version(server: Sequence[str]) -> str | None:
+    """Give the version of what `find_server` found; None if it does not say."""
+    if server[0] == sys.executable:
+        return importlib.metadata.version("xllamacpp")
+    try:
+        asked = subprocess.run([*server, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^version: (\S+)", asked.stderr + asked.stdout, re.MULTILINE)
+    return found[1] if found else None
 
 
 _HOW_TO_INSTALL = (

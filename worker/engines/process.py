@@ -16,19 +16,21 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
-from common.errors import BadSetting, EngineTimeout, LoadFailed
+from common.errors import BadSetting, EngineTimeout, LoadFailed, OutOfMemory
 from worker.engines import guard
-from worker.engines.explain import explain_failure
+from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory
 
 MARKER = "SHIFTWORKER_ENGINE"  # in the environment of every process of a tree: how a lost one is found
 SOCKET_PATH_BYTES = 103  # sun_path on macOS; Linux has 107
 POLL_S = 0.05
 PROBE_TIMEOUT_S = 2.0  # a health check that takes longer means "not yet"
 TAIL_BYTES = 64 * 1024
+HEAD_BYTES = 1024 * 1024  # a load prints some 30 KiB; its progress bars, more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +91,29 @@ class EngineProcess:
         return tuple(process.pid for process in self._tree())
 
     def rss_bytes(self) -> int:
-        """Resident bytes of the tree; pages that its processes share are counted in each."""
-        return sum(_rss_bytes(process) for process in self._tree())
+        """
+        Resident bytes of the tree.
+
+        Pages that its processes may share (libraries, a model's file) count once, in the process that has most of
+        them; macOS does not tell them apart, and there they count in each.
+        """
+        found = [memory for process in self._tree() if (memory := _memory(process)) is not None]
+        shared = [getattr(memory, "shared", 0) for memory in found]
+        return int(sum(memory.rss for memory in found) - sum(shared) + max(shared, default=0))
 
     def tail(self) -> str:
         """The end of what the engine printed."""
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
             return log.read().decode(errors="replace")
+
+    def head(self) -> str:
+        """The beginning of what the engine printed; empty if somebody took the log away."""
+        try:
+            with self.log.open("rb") as log:
+                return log.read(HEAD_BYTES).decode(errors="replace")
+        except OSError:
+            return ""
 
     def wait_deaf(self, timeout_s: float) -> bool:
         """
@@ -124,13 +141,15 @@ class EngineProcess:
         ------
         LoadFailed
             It ended, or did not answer within *timeout_s*; in the second case it still runs.
+        OutOfMemory
+            It ended for want of memory.
         """
         deadline = time.monotonic() + timeout_s
         transport = httpx.HTTPTransport(uds=str(self.socket))
         with httpx.Client(transport=transport, timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
             while not _healthy(client):
                 if self._gone.wait(POLL_S):
-                    raise LoadFailed(self._why_it_ended())
+                    raise self._end()
                 if time.monotonic() >= deadline:
                     raise LoadFailed(
                         f"{self.name} did not become ready within {timeout_s:.1f} s. {explain_failure(self.tail())} "
@@ -199,13 +218,18 @@ class EngineProcess:
                 continue  # ended while we looked, or another user's
         return found
 
-    def _why_it_ended(self) -> str:
+    def _end(self) -> LoadFailed:
+        """Say how a load ended."""
         if self.asked_to_stop:
-            return f"{self.name} was stopped while it was loading."
-        return (
-            f"{self.name} ended while it was loading (exit code {self._guard.returncode}). "
-            f"{explain_failure(self.tail())} Its whole log: {self.log}."
+            return LoadFailed(f"{self.name} was stopped while it was loading.")
+        code, said = self._guard.returncode, self.tail()
+        lacked = ran_out_of_memory(said, code)
+        killed = " It was killed, perhaps by the kernel for want of memory: `dmesg` says so." if code == KILLED else ""
+        message = (
+            f"{self.name} ended while it was loading (exit code {code}).{killed} "
+            f"{explain_failure(said)} Its whole log: {self.log}."
         )
+        return OutOfMemory(message) if lacked else LoadFailed(message)
 
 
 def _checked(path: Path) -> Path:
@@ -249,8 +273,8 @@ def _is_zombie(process: psutil.Process) -> bool:
         return True
 
 
-def _rss_bytes(process: psutil.Process) -> int:
+def _memory(process: psutil.Process) -> Any:
     try:
-        return int(process.memory_info().rss)
+        return process.memory_info()
     except psutil.Error:
-        return 0
+        return None

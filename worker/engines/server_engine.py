@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from worker.engines.base import Call, Completion, EngineState, Loaded, StopSigna
 from worker.engines.http import EngineHttp
 from worker.engines.interpret import interpret
 from worker.engines.process import EngineProcess, Launch
+from worker.memory.measured import Measured
 from worker.selection.placement import Placement
 
 FilesOf = Callable[[ModelSpec], Path | str]  # a local path, or a repository that the engine fetches itself
@@ -54,6 +56,10 @@ class ServerEngine(ABC):
     def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
         """Say how to start the server for *placement* on *socket*."""
 
+    def read_log(self, log: str) -> Measured:  # noqa: ARG002 - for those whose engine says something
+        """Read what the engine printed of the memory that its load took."""
+        return Measured()
+
     def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
         """Make the model answer; see `Engine`."""
         model_id, began = placement.model_id, time.monotonic()
@@ -73,7 +79,8 @@ class ServerEngine(ABC):
             except BaseException:
                 self._end(model_id, timeout_s=END_S)
                 raise
-            return _loaded(process, seconds=time.monotonic() - began)
+            loaded = _loaded(process, seconds=time.monotonic() - began)
+            return replace(loaded, measured=self.read_log(process.head()))
 
     def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
         """End the model's process tree; see `Engine`."""

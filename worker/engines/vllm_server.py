@@ -15,8 +15,10 @@ from common.errors import EngineMissing
 from common.settings import VllmSettings
 from worker.catalog.spec import EngineKind
 from worker.engines.environment import engine_environment
+from worker.engines.measure import read_vllm
 from worker.engines.process import Launch
 from worker.engines.server_engine import FilesOf, ServerEngine
+from worker.memory.measured import Measured
 from worker.selection.placement import Placement
 
 
@@ -47,6 +49,10 @@ class VllmServerEngine(ServerEngine):
             command=command(placement, python=self._python, model=files, socket=socket),
             env=environment(os.environ, placement, model=files, cpu_count=self._cpu_count),
         )
+
+    def read_log(self, log: str) -> Measured:
+        """Read what vLLM printed of its memory."""
+        return read_vllm(log)
 
 
 def command(placement: Placement, *, python: Path, model: Path | str, socket: Path) -> list[str]:
