@@ -8,6 +8,7 @@ import httpx
 import huggingface_hub
 from huggingface_hub import constants
 
+from common.errors import ModelMissing
 from worker.catalog.catalogue import Catalogue
 from worker.catalog.download import fetch_gguf, fetch_repository
 from worker.catalog.spec import EngineKind, ModelSpec
@@ -32,6 +33,23 @@ def in_cache(spec: ModelSpec) -> bool:
         return False
     file = spec.file or "config.json"
     return isinstance(huggingface_hub.try_to_load_from_cache(spec.repo, file, revision=spec.revision), str)
+
+
+def check_reach(repo: str) -> None:
+    """
+    See that *repo*'s config.json is in the cache, or that the hub answers: its client alone would try for 23 s.
+
+    Raises
+    ------
+    ModelMissing
+        Neither; says why, and what to do.
+    """
+    cached = isinstance(huggingface_hub.try_to_load_from_cache(repo, "config.json"), str)
+    if not cached and (why := _why_unreachable()) is not None:
+        raise ModelMissing(
+            f"{repo} is not in the cache, and {why}. Check the network (or HF_ENDPOINT), or fetch it elsewhere and "
+            "name its folder."
+        )
 
 
 def fetch_files(spec: ModelSpec) -> None:

@@ -21,6 +21,7 @@ from worker.catalog.catalogue import Catalogue
 from worker.catalog.download import fetch_file, weights_bytes
 from worker.catalog.gguf_header import read_gguf_file
 from worker.catalog.hf_config import read_config
+from worker.catalog.hub import check_reach
 from worker.catalog.safetensors_header import read_safetensors_folder, read_safetensors_repository
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.catalog.tensors import GgufHeader, Tensor
@@ -61,9 +62,10 @@ def spec_from_path(name: str, *, base_dir: Path | None = None) -> ModelSpec:
         return _spec(path.stem if path.is_file() else path.resolve().name, engine, _local_facts(path), path=path)
     if not _HUB_ID.fullmatch(name):
         raise ModelMissing(
-            f"VLLM_MODEL={name}: no catalogue entry, no folder or file {path.absolute()}, and no hub repository "
+            f"Model {name}: no catalogue entry, no folder or file {path.absolute()}, and no hub repository "
             "either (those are org/name). Run `shiftworker models` for what is known."
         )
+    check_reach(name)
     facts = _weighed(_config_facts(_json(fetch_file(name, "config.json")), name), name)
     return _spec(name.rpartition("/")[2], EngineKind.VLLM, facts, repo=name)
 

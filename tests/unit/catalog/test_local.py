@@ -132,7 +132,7 @@ def test_nothing_there_says_where_it_looked(tmp_path: Path, name: str) -> None:
     """
     Neither a file nor anything the hub could know.
     """
-    with pytest.raises(ModelMissing, match=r"VLLM_MODEL=.*: no catalogue entry, no folder or file /"):
+    with pytest.raises(ModelMissing, match=r"Model .*: no catalogue entry, no folder or file /"):
         spec_from_path(name, base_dir=tmp_path)
 
 
