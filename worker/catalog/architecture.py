@@ -9,7 +9,10 @@ from enum import StrEnum
 
 from worker.catalog.quantization import Quantization
 
-_JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+_JOINED = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
+    "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz",
+}  # fmt: skip
 
 
 class Shard(StrEnum):
@@ -34,7 +37,7 @@ class Matrix:
 
     @property
     def tensor(self) -> str:
-        """The tensor that holds it once loaded: vLLM joins queries, keys and values, and gate and up."""
+        """The tensor that holds it once loaded: vLLM joins what has the same inputs."""
         place, _, part = self.name.rpartition(".")
         return f"{place}.{_JOINED.get(part, part)}"
 

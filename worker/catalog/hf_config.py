@@ -20,6 +20,7 @@ from worker.catalog.quantization import Quantization
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
 _WIDE = {"float32", "float", "torch.float32", "fp32"}
 _LARGEST_FACTOR = 1000
+_MOST_PARAMS = 2**46  # 70 trillion; nobody has published a tenth of it
 _EMBEDS = re.compile(r"(?i)embed|rerank|reward")
 _SEES = re.compile(r"(?i)-vl\b|vision|llava|pixtral|omni")
 
@@ -33,56 +34,42 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
     text = next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), config)
     kind, said_by = find_family(config, text, name)
     facts = Facts({**config, **text} if text is not config else config, FAMILIES.get(kind))
+    poor = said_by != "config"
     if said_by == "name":
         facts.assumed.append(f"the family {kind}, from the model's name")
-    elif said_by == "config" and kind not in FAMILIES:
-        facts.note(f"the architecture {kind}")
+    elif not poor and kind not in FAMILIES:
+        facts.refuse(f"the architecture {kind[:40]} is not known here")
 
-    blocks, outside = _blocks(facts), _outside(facts)
-    unknown = tuple(facts.unknown)
-    poor = said_by != "config"
-    sees = "vision_config" in config or bool(name and _SEES.search(name))
-    vision = count_towers(config, facts, usual=poor)
     packing, packing_unknown = _packing(config, text, facts, name, quantization, poor=poor)
-
-    declared = facts.number("total_params")
-    unknown_weights = (*unknown, *packing_unknown)
-    guessable = unknown or (poor and _state_assumed(blocks, facts))
-    if guessable and declared is None and (declared := _named_size(name)) is not None:
-        facts.assumed.append(f"a guess: {declared / 1e9:g} billion parameters, from the name")
-        declared += vision
-    if declared is not None and unknown:
-        blocks, outside = _spread(declared - vision, facts, blocks, outside)
-        unknown_weights = packing_unknown
-    elif declared is not None and not vision:
-        rest = max(0, declared - _count(blocks, outside))
-        if sees or not rest:
-            vision = rest
-        else:
-            blocks = _fill_up(blocks, rest, facts)
-    elif declared is not None and _state_assumed(blocks, facts):
-        blocks = _fill_up(blocks, max(0, declared - vision - _count(blocks, outside)), facts)
-
-    return Architecture(
+    built = Architecture(
         kind=kind,
         hidden_size=facts.number("hidden_size") or 0,
         vocab_size=facts.number("vocab_size") or 0,
         heads=facts.number("num_attention_heads") or 0,
         max_position_embeddings=facts.number("max_position_embeddings"),
-        blocks=blocks,
-        outside=outside,
-        vision=vision,
-        rope=_rope(facts, kind, vision),
+        blocks=_blocks(facts),
+        outside=_outside(facts),
+        vision=count_towers(config, facts, usual=poor),
         dtype_bytes=4 if str(facts.raw("dtype") or facts.raw("torch_dtype") or "").lower() in _WIDE else 2,
         quantization=packing,
         experts_per_token=(facts.number("num_experts_per_tok") or 2) if facts.number("num_experts") else 0,
         expert_width=(expert_width(facts) or 0) if facts.number("num_experts") else 0,
         mlp_width=facts.number("intermediate_size_mlp") or facts.number("intermediate_size") or 0,
-        multimodal=bool(vision) or sees,
         generates=not (name and _EMBEDS.search(name)) and not facts.flag("encoder"),
+    )
+    sees = "vision_config" in config or bool(name and _SEES.search(name))
+    built, counted = _with_total(built, facts, name, sees=sees, poor=poor)
+    rope = _rope(facts, kind, built.vision)
+    if built.params > _MOST_PARAMS:
+        facts.refuse(f"{built.params:.0e} parameters make no sense")
+        counted = False
+    return dataclasses.replace(
+        built,
+        rope=rope,
+        multimodal=bool(built.vision) or sees,
         assumed=tuple(dict.fromkeys(facts.assumed)),
-        unknown_weights=unknown_weights,
-        unknown_cache=_unknown_cache(unknown, facts),
+        unknown_weights=(*(facts.wrong if counted else facts.unknown), *packing_unknown),
+        unknown_cache=_unknown_cache(facts),
     )
 
 
@@ -142,22 +129,53 @@ def _outside(facts: Facts) -> tuple[Matrix, ...]:
     return tuple(matrices)
 
 
-def _count(blocks: tuple[Block, ...], outside: tuple[Matrix, ...]) -> int:
-    inside = sum(len(block.layers) * sum(m.params for m in block.matrices if m.counted) for block in blocks)
-    return inside + sum(matrix.params for matrix in outside)
+# --- A declared or guessed total ----------------------------------------------------------------------------
 
 
-def _spread(
-    total: int, facts: Facts, blocks: tuple[Block, ...], outside: tuple[Matrix, ...]
-) -> tuple[tuple[Block, ...], tuple[Matrix, ...]]:
+def _with_total(
+    built: Architecture, facts: Facts, name: str | None, *, sees: bool, poor: bool
+) -> tuple[Architecture, bool]:
+    """
+    Use the number of parameters that a poor config declares, or that the name says.
+
+    What the layers do not explain is a tower in a model that sees, else more weights of the layers. Where facts are
+    missing, all of it is spread over the layers. Also says whether the weights are known with it.
+    """
+    declared = facts.number("total_params")
+    loose = bool(facts.missing) or (poor and _state_assumed(built.blocks, facts))
+    if loose and declared is None and not facts.wrong and (guessed := _named_size(name)) is not None:
+        facts.assumed.append(f"a guess: {guessed / 1e9:g} billion parameters, from the name")
+        declared = guessed + built.vision
+    if declared is None:
+        return built, not facts.missing
+    if facts.missing:
+        return _spread(declared - built.vision, built, facts), True
+    rest = max(0, declared - built.params)
+    if not built.vision and sees:
+        return dataclasses.replace(built, vision=rest), True
+    if not built.vision or _state_assumed(built.blocks, facts):
+        return dataclasses.replace(built, blocks=_fill_up(built, rest)), True
+    return built, True
+
+
+def _spread(total: int, built: Architecture, facts: Facts) -> Architecture:
     """Where the layers are not known in detail, spread the known *total* over them evenly."""
-    hidden, layers = facts.number("hidden_size"), facts.number("num_hidden_layers")
-    if not hidden or not layers or not facts.number("vocab_size"):
+    layers = facts.number("num_hidden_layers")
+    if not built.hidden_size or not layers or not built.vocab_size:
         width = 4096  # any: it only says how many weights share a row's scale
-        return blocks, (Matrix(name="layers.all", inputs=width, outputs=total // width),)
-    rest = max(0, total - sum(matrix.params for matrix in outside))
-    matrix = Matrix(name="all", inputs=hidden, outputs=rest // hidden // layers)
-    return tuple(dataclasses.replace(block, matrices=(matrix,)) for block in blocks), outside
+        return dataclasses.replace(built, outside=(Matrix(name="layers.all", inputs=width, outputs=total // width),))
+    rest = max(0, total - sum(matrix.params for matrix in built.outside))
+    matrix = Matrix(name="all", inputs=built.hidden_size, outputs=rest // built.hidden_size // layers)
+    blocks = tuple(dataclasses.replace(block, matrices=(matrix,)) for block in built.blocks)
+    return dataclasses.replace(built, blocks=blocks)
+
+
+def _fill_up(built: Architecture, rest: int) -> tuple[Block, ...]:
+    """Add what the declared total has and the layers do not explain, evenly, as more of the same weights."""
+    if not built.hidden_size or not built.layers or (outputs := rest // built.hidden_size // built.layers) == 0:
+        return built.blocks
+    more = Matrix(name="rest", inputs=built.hidden_size, outputs=outputs)
+    return tuple(dataclasses.replace(block, matrices=(*block.matrices, more)) for block in built.blocks)
 
 
 def _state_assumed(blocks: tuple[Block, ...], facts: Facts) -> bool:
@@ -166,21 +184,12 @@ def _state_assumed(blocks: tuple[Block, ...], facts: Facts) -> bool:
     return recurrent and not facts.has("linear_num_value_heads") and not facts.has("mamba_num_heads")
 
 
-def _fill_up(blocks: tuple[Block, ...], rest: int, facts: Facts) -> tuple[Block, ...]:
-    """Add what the declared total has and the layers do not explain, evenly, as more of the same weights."""
-    hidden, layers = facts.number("hidden_size"), sum(len(block.layers) for block in blocks)
-    if not hidden or not layers or rest // hidden // layers == 0:
-        return blocks
-    more = Matrix(name="rest", inputs=hidden, outputs=rest // hidden // layers)
-    return tuple(dataclasses.replace(block, matrices=(*block.matrices, more)) for block in blocks)
-
-
-def _unknown_cache(unknown: tuple[str, ...], facts: Facts) -> tuple[str, ...]:
+def _unknown_cache(facts: Facts) -> tuple[str, ...]:
     """Of what is unknown, the facts that the KV cache needs too."""
-    needed = {"num_hidden_layers", "head_dim", "sliding_window", "kv_lora_rank"}
+    needed = {"num_hidden_layers", "head_dim", "sliding_window", "kv_lora_rank", "which of its layers are recurrent"}
     if facts.number("num_key_value_heads") is None:
         needed.add("num_attention_heads")
-    return tuple(name for name in unknown if name in needed or " " in name or "=" in name)
+    return (*facts.wrong, *(name for name in facts.missing if name in needed))
 
 
 def _named_size(name: str | None) -> int | None:
@@ -189,8 +198,8 @@ def _named_size(name: str | None) -> int | None:
     """
     if name is None or re.search(r"\d+x\d|\d+b-\d+e|moe-a\d", name.lower()):
         return None
-    sizes = re.findall(r"(?<![a-z0-9.])(\d{1,4}(?:\.\d{1,2})?)b(?![a-z0-9])", name.lower())
-    return int(float(sizes[0]) * 1e9) if sizes else None
+    sizes = set(re.findall(r"(?<![a-z0-9.])(\d{1,4}(?:\.\d{1,2})?)b(?![a-z0-9])", name.lower()))
+    return int(float(sizes.pop()) * 1e9) or None if len(sizes) == 1 else None
 
 
 # --- Rope tables -------------------------------------------------------------------------------------------
@@ -203,13 +212,14 @@ def _rope(facts: Facts, kind: str, vision: int) -> tuple[RopeTable, ...]:
     Linear and dynamic scaling lengthen the table by their factor, YaRN starts from the length before it.
     """
     rows = facts.number("max_position_embeddings")
-    if rows is None or facts.flag("learned_positions") or facts.flag("encoder"):
+    if rows is None or facts.flag("learned_positions") or facts.flag("encoder") or facts.raw("only") is not None:
         return ()
+    scaling = facts.table("rope_scaling") or facts.table("rope_parameters")
+    if isinstance(full := scaling.get("full_attention"), Mapping):
+        scaling = full
     if (width := facts.number("rotary_dim") or facts.number("qk_rope_head_dim")) is None:
-        width = int(head_dim_of(facts) * facts.share("partial_rotary_factor"))
-    scaling = facts.raw("rope_scaling") or facts.raw("rope_parameters") or {}
-    if isinstance(scaling.get("full_attention"), Mapping):
-        scaling = scaling["full_attention"]
+        share = Facts(scaling).share("partial_rotary_factor", facts.share("partial_rotary_factor"))
+        width = int(head_dim_of(facts) * share)
     method, factor = str(scaling.get("rope_type") or scaling.get("type") or ""), scaling.get("factor")
     factor = float(factor) if isinstance(factor, int | float) and 1 <= factor <= _LARGEST_FACTOR else 1.0
     scaled = rows

@@ -50,12 +50,13 @@ _LARGEST_SIZE = 2**20
 
 
 class Facts:
-    """A config.json with one question: `number`. What cannot be used is noted in `unknown`."""
+    """A config.json with one question: `number`. What is not there is noted in `missing`, nonsense in `wrong`."""
 
     def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self._config = config
         self._defaults = dict(defaults or {})
-        self.unknown: list[str] = []
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
         self.assumed: list[str] = []
 
     def number(self, name: str) -> int | None:
@@ -69,9 +70,9 @@ class Facts:
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             if not isinstance(value, int) or isinstance(value, bool):
-                self.note(f"{spelling}={_short(value)} is no whole number")
+                self.refuse(f"{spelling}={_short(value)} is no whole number")
             elif not 0 < value <= _LARGEST.get(name, _LARGEST_SIZE):
-                self.note(f"{spelling}={_short(value)} makes no sense")
+                self.refuse(f"{spelling}={_short(value)} makes no sense")
             else:
                 return value
         default = self._defaults.get(name)
@@ -81,7 +82,7 @@ class Facts:
         """Like `number`; what is missing is noted as unknown, and 0."""
         found = self.number(name)
         if found is None:
-            self.note(name)
+            self.miss(name)
         return found or 0
 
     def flag(self, name: str, *, default: bool = False) -> bool:
@@ -102,6 +103,8 @@ class Facts:
     def table(self, name: str) -> Mapping[str, Any]:
         """A table; empty if the config has none."""
         value = self.raw(name)
+        if value is not None and not isinstance(value, Mapping):
+            self.refuse(f"{name}={_short(value)} is no table")
         return value if isinstance(value, Mapping) else {}
 
     def share(self, name: str, default: float = 1.0) -> float:
@@ -114,10 +117,20 @@ class Facts:
         """Does the config itself say anything about it?"""
         return any(self._config.get(spelling) is not None for spelling in _SPELLINGS.get(name, (name,)))
 
-    def note(self, what: str) -> None:
-        """Say what is unknown."""
-        if what not in self.unknown:
-            self.unknown.append(what)
+    def miss(self, what: str) -> None:
+        """Say what is not there."""
+        if what not in self.missing:
+            self.missing.append(what)
+
+    def refuse(self, what: str) -> None:
+        """Say what is there and cannot be used."""
+        if what not in self.wrong:
+            self.wrong.append(what)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Everything that keeps the model from being counted."""
+        return (*self.wrong, *self.missing)
 
 
 def _short(value: object) -> str:

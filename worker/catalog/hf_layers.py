@@ -4,6 +4,8 @@ Which kind is each layer of a Hugging Face config, and which matrices is it made
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -42,6 +44,7 @@ _LAYER_TYPES = {
 }  # fmt: skip
 _MOST_HEADS = 2**14
 _PATTERN_LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+_PART = re.compile(r"^(self_attn|mlp|mamba)\.")
 _FULL_LAYERS = ("attn_layer_indices", "full_attn_idxs")  # lists of the layers with attention: Bamba, LFM2
 
 
@@ -51,7 +54,7 @@ def kinds_of(facts: Facts) -> tuple[Kind, ...]:
     layers = facts.number("num_hidden_layers") or (len(names) if names else facts.needed("num_hidden_layers"))
     heads = facts.items("num_attention_heads_per_layer") or []
     if heads and not (len(heads) == layers and all(type(count) is int and 0 < count < _MOST_HEADS for count in heads)):
-        facts.note("num_attention_heads_per_layer")
+        facts.refuse("num_attention_heads_per_layer does not fit the layers")
         heads = []
     own = layers - (facts.number("num_kv_shared_layers") or 0)
     return tuple(
@@ -85,7 +88,7 @@ def _mixers(facts: Facts, layers: int, names: list[str] | None) -> tuple[Mixer, 
     if names is not None:
         if len(names) == layers and all(name in _LAYER_TYPES for name in names):
             return tuple(_named(name, facts) for name in names)
-        facts.note("the kinds of its layers")
+        facts.refuse("the kinds of its layers are not known here, or not as many as the layers")
     # (3) The full ones are listed, or every so many.
     full = next((found for key in _FULL_LAYERS if (found := facts.items(key))), None)
     if (period := facts.number("attn_layer_period")) is not None:
@@ -93,7 +96,7 @@ def _mixers(facts: Facts, layers: int, names: list[str] | None) -> tuple[Mixer, 
     if full is not None and recurrent is not None:
         return tuple(Mixer.FULL if index in full else Mixer(recurrent) for index in range(layers))
     if recurrent is not None and names is None:
-        facts.note("which of its layers are recurrent")
+        facts.miss("which of its layers are recurrent")
     # (4) MLA.
     if facts.number("kv_lora_rank") is not None:
         return (Mixer.LATENT,) * layers
@@ -147,6 +150,8 @@ def layer_parts(kind: Kind, facts: Facts) -> tuple[list[Matrix], Cache | None]:
     if kind.mixer is Mixer.NONE or not facts.flag("one_part"):
         matrices += _mlp_parts(kind, facts)
     hidden = facts.needed("hidden_size")
+    if facts.flag("one_part"):
+        matrices = [dataclasses.replace(matrix, name=_PART.sub("mixer.", matrix.name)) for matrix in matrices]
     matrices.append(small("norms", (facts.number("norms_per_layer") or 2) * hidden))
     if (width := facts.number("hidden_size_per_layer_input")) is not None:  # Gemma 4 E2B and E4B
         matrices.append(Matrix(name="per_layer_input_gate", inputs=hidden, outputs=width, shard=Shard.COPY))
@@ -191,7 +196,7 @@ def _kv_heads(facts: Facts, heads: int) -> int:
         return 1
     kv_heads = facts.number("num_key_value_heads") or heads
     if kv_heads and heads % kv_heads:
-        facts.note(f"num_key_value_heads={kv_heads} does not divide {heads} heads")
+        facts.refuse(f"num_key_value_heads={kv_heads} does not divide {heads} heads")
     return kv_heads
 
 
@@ -298,7 +303,8 @@ def _delta(facts: Facts) -> tuple[list[Matrix], Cache]:
     kernel = facts.number("linear_conv_kernel_dim") or 4
     mixed = 2 * k_heads * k_dim + v_heads * v_dim
     matrices = [
-        Matrix(name="linear_attn.in_proj_qkvz", inputs=hidden, outputs=mixed + v_heads * v_dim),
+        Matrix(name="linear_attn.in_proj_qkv", inputs=hidden, outputs=mixed),
+        Matrix(name="linear_attn.in_proj_z", inputs=hidden, outputs=v_heads * v_dim),
         Matrix(name="linear_attn.in_proj_ba", inputs=hidden, outputs=2 * v_heads, quantizable=False),
         Matrix(name="linear_attn.conv1d", inputs=kernel, outputs=mixed, quantizable=False),
         Matrix(name="linear_attn.out_proj", inputs=v_heads * v_dim, outputs=hidden),
@@ -431,12 +437,13 @@ def _experts(facts: Facts) -> list[Matrix]:
     inner = expert_width(facts) or facts.needed("moe_intermediate_size")
     narrow = facts.number("moe_latent_size")  # Nemotron 3: experts see a narrower state
     seen = narrow or hidden
+    gated = (facts.number("mlp_mats") or 3) > 2  # noqa: PLR2004 - a gate beside up and down
     matrices = [
         Matrix(name="mlp.experts.up_proj", inputs=seen, outputs=inner, count=count),
         Matrix(name="mlp.experts.down_proj", inputs=inner, outputs=seen, count=count),
         Matrix(name="mlp.gate", inputs=hidden, outputs=count, shard=Shard.COPY, quantizable=False),
     ]
-    if (facts.number("mlp_mats") or 3) > 2:  # noqa: PLR2004 - a gate beside up and down
+    if gated:
         matrices.append(Matrix(name="mlp.experts.gate_proj", inputs=seen, outputs=inner, count=count))
     if narrow is not None:
         matrices.append(Matrix(name="mlp.fc1_latent_proj", inputs=hidden, outputs=narrow, shard=Shard.COPY))
@@ -447,11 +454,12 @@ def _experts(facts: Facts) -> list[Matrix]:
     if facts.flag("shared_like_expert"):
         shared = shared or inner
     if shared:
-        ups = (facts.number("mlp_mats") or 3) - 1
         matrices += [
-            Matrix(name="mlp.shared_expert.up_gate_proj", inputs=hidden, outputs=ups * shared),
+            Matrix(name="mlp.shared_expert.up_proj", inputs=hidden, outputs=shared),
             Matrix(name="mlp.shared_expert.down_proj", inputs=shared, outputs=hidden),
         ]
+        if gated:
+            matrices.append(Matrix(name="mlp.shared_expert.gate_proj", inputs=hidden, outputs=shared))
     return matrices
 
 

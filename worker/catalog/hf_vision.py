@@ -31,6 +31,8 @@ def _count_vision(config: Mapping[str, Any], facts: Facts, *, usual: bool) -> in
     if tower is None and usual and (facts.number("hidden_size") or least) >= least:
         tower = facts.raw("vision_config")
     if not isinstance(tower, Mapping):
+        if tower is not None:
+            facts.refuse("vision_config is no table")
         return 0
     see = Facts(tower)
     width = see.number("embed_dim") or see.number("hidden_size") or see.number("width") or see.number("d_model")

@@ -5,7 +5,8 @@ How many bytes of weights lie on each card? Counted matrix by matrix, as they ar
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from worker.catalog.architecture import Architecture, Block, Matrix, Shard
@@ -45,7 +46,7 @@ def weigh_model(
     """
     scales = _Scales(architecture.quantization, dtype_bytes or architecture.dtype_bytes, tensor_parallel_size)
     layers = sum(scales.block(block) for block in architecture.blocks)
-    outside = {matrix.name: allocated(scales.matrix(matrix, matrix.name)) for matrix in architecture.outside}
+    outside = {matrix.name: _allocated_sum(scales.matrix(matrix, matrix.name)) for matrix in architecture.outside}
     embeddings = sum(outside.values())
     if pipeline_parallel_size > 1:
         layers = -(-layers // pipeline_parallel_size)
@@ -68,7 +69,7 @@ def checkpoint_bytes(architecture: Architecture) -> int:
         dataclasses.replace(block, matrices=tuple(m for m in block.matrices if m.counted))
         for block in architecture.blocks
     ]
-    outside = sum(plain.matrix(matrix, matrix.name) for matrix in architecture.outside)
+    outside = sum(sum(plain.matrix(matrix, matrix.name)) for matrix in architecture.outside)
     return sum(map(plain.block, counted)) + outside + architecture.vision * architecture.dtype_bytes
 
 
@@ -96,27 +97,30 @@ class _Scales:
             return sum(self._layer(block, index) for index in block.layers)
         return len(block.layers) * self._layer(block, block.layers[0]) if block.layers else 0
 
-    def matrix(self, matrix: Matrix, full_name: str, kv_heads: int | None = None) -> int:
-        """Bytes of *matrix* on one card."""
+    def matrix(self, matrix: Matrix, full_name: str, kv_heads: int | None = None) -> list[int]:
+        """Bytes of the tensors of *matrix* on one card: the weights alone, or packed with their scales."""
         parts = self._parts(matrix.shard, kv_heads)
-        if self.packing is None or not self._packed(self.packing, matrix, full_name):
-            return -(-matrix.params * self.dtype_bytes // parts)
-        if self.packing.pad_to is None:
-            return -(-matrix.count * self.packing.bytes_of(matrix.inputs, matrix.outputs) // parts)
+        packing = self._packing_of(matrix, full_name)
+        if packing is None:
+            return [-(-matrix.params * self.dtype_bytes // parts)]
+        if packing.pad_to is None:
+            return [-(-matrix.count * size // parts) for size in packing.parts_of(matrix.inputs, matrix.outputs)]
         # Experts are divided by their inner size, and then rounded up to the kernel's tiles.
-        outer_to, inner_to = self.packing.pad_to
+        outer_to, inner_to = packing.pad_to
         if matrix.name.endswith("down_proj"):
             inputs, outputs = _round_up(-(-matrix.inputs // parts), inner_to), _round_up(matrix.outputs, outer_to)
         else:
             inputs, outputs = _round_up(matrix.inputs, outer_to), _round_up(-(-matrix.outputs // parts), inner_to)
-        return matrix.count * self.packing.bytes_of(inputs, outputs)
+        return [matrix.count * size for size in packing.parts_of(inputs, outputs)]
 
     def _layer(self, block: Block, index: int) -> int:
         kv_heads = getattr(block.cache, "kv_heads", None)
-        tensors: Counter[str] = Counter()
+        tensors: defaultdict[tuple[str, int], int] = defaultdict(int)
         for matrix in block.matrices:
-            tensors[matrix.tensor] += self.matrix(matrix, f"model.layers.{index}.{matrix.name}", kv_heads)
-        return sum(map(allocated, tensors.values()))
+            sizes = self.matrix(matrix, f"model.layers.{index}.{matrix.name}", kv_heads)
+            for part, size in enumerate(sizes):
+                tensors[matrix.tensor, part] += size
+        return _allocated_sum(tensors.values())
 
     def _parts(self, shard: Shard, kv_heads: int | None) -> int:
         """Into how many parts a matrix is divided; keys and values never below one head for each card."""
@@ -124,11 +128,16 @@ class _Scales:
             return 1
         return min(self.cards, kv_heads or self.cards) if shard is Shard.HEADS else self.cards
 
-    @staticmethod
-    def _packed(packing: Quantization, matrix: Matrix, full_name: str) -> bool:
+    def _packing_of(self, matrix: Matrix, full_name: str) -> Quantization | None:
+        if self.packing is None or not matrix.quantizable:
+            return None
         if matrix.name == "lm_head":
-            return packing.lm_head
-        return matrix.quantizable and packing.packs(full_name)
+            return self.packing if self.packing.lm_head else None
+        return self.packing.scheme_of(full_name)
+
+
+def _allocated_sum(sizes: Iterable[int]) -> int:
+    return sum(map(allocated, sizes))
 
 
 def allocated(size: int) -> int:
