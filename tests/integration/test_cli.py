@@ -20,6 +20,7 @@ import pytest
 from common import keys
 from common.errors import InvalidRequest
 from worker.cli import read_requests
+from worker.demo.tiny_models import make_tiny_gguf
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -71,6 +72,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
         ("worker", {"MODELS_FILE": "/nowhere.toml"}, 78, "/nowhere.toml"),
         ("worker", {"VLLM_MODEL": "/no/such/model"}, 78, "/no/such/model"),
         ("models", {"MODELS_ONLY": "gpt-17"}, 78, "gpt-17"),
+        ("estimate", {}, 78, "needs a MODEL, or --batch"),
         ("router", {"ROUTING_RULES_FILE": "/nowhere.toml"}, 78, "/nowhere.toml"),
     ],
 )
@@ -105,6 +107,50 @@ def test_models_says_why_each_one_is_left_out() -> None:
     assert found["models"] == []
     assert len(found["left_out"]) >= 10
     assert all(found["left_out"].values())
+
+
+def test_the_doctor_says_what_is_here_and_what_would_be_chosen(redis_url: str, tmp_path: Path) -> None:
+    """A card, a catalogue of local models, Redis: each is a finding, with the choice and its reason."""
+    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1, context=512)
+    (tmp_path / "models.toml").write_text(
+        "replace = true\n[[models]]\nid = 'tiny'\nengine = 'llamacpp'\ntier = 1\ncomplexity_up_to = 1.0\n"
+        "max_model_len = 512\npath = 'tiny.gguf'\n"
+    )
+    env = {"MODELS_FILE": str(tmp_path / "models.toml"), "WORKER_HARDWARE": "stub", "WORKER_STUB_GPUS": "24"}
+    done = shiftworker("doctor", "--json", REDIS_URL=redis_url, **env)
+    found = json.loads(done.stdout)
+
+    assert done.returncode == 0, done.stderr
+    assert (found["healthy"], found["starting"], found["served"]) == (True, "tiny", ["tiny"])
+    assert {finding["what"] for finding in found["findings"]} >= {"Redis", "card 0", "RAM", "llamacpp", "choice"}
+    assert "card 0" in shiftworker("doctor", REDIS_URL=redis_url, **env).stdout
+
+
+def test_the_doctor_finds_what_is_missing() -> None:
+    """No Redis, no model: an exit code for scripts, and every finding says what to do."""
+    done = shiftworker(
+        "doctor", "--json", HF_HOME="/nonexistent", WORKER_HARDWARE="cpu", REDIS_URL="redis://127.0.0.1:1/0"
+    )
+    found = json.loads(done.stdout)
+    bad = {finding["what"]: finding["detail"] for finding in found["findings"] if finding["good"] is False}
+
+    assert (done.returncode, found["healthy"]) == (69, False)
+    assert set(bad) == {"Redis", "choice"}
+    assert "No Redis answers" in bad["Redis"]
+
+
+def test_an_estimate_is_one_object_or_a_line_for_each_case(tmp_path: Path) -> None:
+    """Keys that mean nothing are named once, on stderr; a case that cannot be judged is no error."""
+    cases = [{"model": "qwen3-8b", "gpu_memory_gib": 24, "colour": 1}, {"model": "8x7B", "colour": 2}]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
+    one = shiftworker("estimate", "qwen3-8b", "--gpu-memory-gib", "24", "--json")
+    many = shiftworker("estimate", "--batch", str(tmp_path / "cases.jsonl"))
+    first, second = map(json.loads, many.stdout.splitlines())
+
+    assert json.loads(one.stdout) == first
+    assert (second["weights_bytes"], second["fits"]) == (None, None)
+    assert (many.returncode, many.stderr.count("colour")) == (0, 1)
+    assert "It does not fit" in shiftworker("estimate", "qwen3-8b", "--gpu-memory-gib", "6").stdout
 
 
 @pytest.mark.parametrize("ending", [signal.SIGHUP, signal.SIGTERM])
