@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from worker.catalog.architecture import Architecture, Block, Matrix, RopeTable, Shard, State
-from worker.catalog.hf_facts import FAMILIES, Facts, find_family
+from worker.catalog.hf_facts import FAMILIES, WRAPPERS, Facts, find_family
 from worker.catalog.hf_layers import Kind, expert_width, head_dim_of, kinds_of, layer_parts, small
 from worker.catalog.hf_quantization import named_quantization, read_quantization
 from worker.catalog.hf_vision import count_towers
@@ -39,6 +39,9 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
         facts.assumed.append(f"the family {kind}, from the model's name")
     elif not poor and kind not in FAMILIES:
         facts.refuse(f"the architecture {kind[:40]} is not known here")
+    around = str(config.get("model_type") or "")
+    if text is not config and around and around not in WRAPPERS | FAMILIES.keys():
+        facts.refuse(f"the architecture {around[:40]} around it is not known here")
 
     packing, packing_unknown = _packing(config, text, facts, name, quantization, poor=poor)
     built = Architecture(
@@ -181,7 +184,7 @@ def _fill_up(built: Architecture, rest: int) -> tuple[Block, ...]:
 def _state_assumed(blocks: tuple[Block, ...], facts: Facts) -> bool:
     """Has it recurrent layers whose sizes are the family's usual ones, not the config's?"""
     recurrent = any(isinstance(block.cache, State) for block in blocks)
-    return recurrent and not facts.has("linear_num_value_heads") and not facts.has("mamba_num_heads")
+    return recurrent and not any(map(facts.has, ("linear_num_value_heads", "mamba_num_heads", "num_attention_heads")))
 
 
 def _unknown_cache(facts: Facts) -> tuple[str, ...]:

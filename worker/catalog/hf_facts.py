@@ -147,7 +147,6 @@ _GATED_DELTA_NET: dict[str, Any] = {
     "full_attention_interval": 4,
     "linear_conv_kernel_dim": 4,
     "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "attn_output_gate": True,
@@ -159,7 +158,9 @@ _QWEN_TOWER: dict[str, Any] = {
     "hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "patch_size": 16, "temporal_patch_size": 2,
     "spatial_merge_size": 2, "num_position_embeddings": 2304,
 }  # fmt: skip
-_QWEN_3_5: dict[str, Any] = {**_GATED_DELTA_NET, "mamba_ssm_dtype": "float32", "vision_config": _QWEN_TOWER}
+_QWEN_3_5: dict[str, Any] = {
+    **_GATED_DELTA_NET, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "vision_config": _QWEN_TOWER,
+}  # fmt: skip
 _QWEN_3_VL: dict[str, Any] = {
     "qk_norm": "head", "vision_config": {**_QWEN_TOWER, "deepstack_visual_indexes": [8, 16, 24]},
 }  # fmt: skip
@@ -251,6 +252,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # encoders
     "bert": _ENCODER, "roberta": _ENCODER, "xlm_roberta": _ENCODER,
 }  # fmt: skip
+
+# Models around a language model of these families whose towers and projectors are counted (hf_vision.py).
+WRAPPERS = frozenset({
+    "aria", "cosmos3_omni", "exaone4_5", "gemma3", "gemma4", "glm4v", "glm4v_moe", "glmga", "glm46v", "internvl",
+    "internvl_chat", "kimi_k25", "kimi_vl", "lfm2_vl", "lighton_ocr", "llama4", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "mistral3", "mllama", "nemotron_h_omni", "paligemma", "pixtral",
+    "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "video_llama_3",
+    "vipllava",
+})  # fmt: skip
 
 # What a model's name says of its family, where the config is too poor to say it.
 _NAMED = (

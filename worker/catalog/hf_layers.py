@@ -298,7 +298,9 @@ def _latent(facts: Facts) -> tuple[list[Matrix], Cache]:
 def _delta(facts: Facts) -> tuple[list[Matrix], Cache]:
     """Gated DeltaNet, as in Qwen3-Next and Qwen3.5 (vLLM 0.32, MambaStateShapeCalculator)."""
     hidden = facts.needed("hidden_size")
-    k_heads, v_heads = facts.number("linear_num_key_heads") or 16, facts.number("linear_num_value_heads") or 32
+    k_heads = facts.number("linear_num_key_heads") or 16
+    # In every released model twice the query heads; poorer configs leave it out.
+    v_heads = facts.number("linear_num_value_heads") or 2 * (facts.number("num_attention_heads") or 16)
     k_dim, v_dim = facts.number("linear_key_head_dim") or 128, facts.number("linear_value_head_dim") or 128
     kernel = facts.number("linear_conv_kernel_dim") or 4
     mixed = 2 * k_heads * k_dim + v_heads * v_dim

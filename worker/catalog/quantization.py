@@ -79,7 +79,7 @@ class _Names:
     @cached_property
     def by_layer(self) -> bool:
         """Does a name say the number of a layer?"""
-        return bool(self._tails) or any("layers" in name for name in self.listed)
+        return any(re.search(r"layers.*\d", name) for name in self.listed)
 
     @cached_property
     def _whole(self) -> frozenset[str]:
