@@ -71,6 +71,10 @@ def cancel(job_id: str) -> str:
 FLEET: Final = f"{_PREFIX}fleet"  # hash: worker -> Offer as JSON; the last known, also of a worker now away
 
 
+# hash: one way to load a model, as JSON -> the last Measurement of it, predicted beside measured, as JSON
+MEASURED: Final = f"{_PREFIX}measured"
+
+
 def status(worker: str) -> str:
     """String with a lifetime: the HardwareStatus of one worker as JSON. Gone = the worker is gone."""
     return f"{_PREFIX}status:{worker}"

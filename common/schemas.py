@@ -322,6 +322,10 @@ class ResidentStatus(_Stored):
     bytes: int | None
     in_flight: int
     since: AwareDatetime
+    smaller: str | None = Field(
+        default=None, description="what it was loaded with instead of its plan; None = as planned"
+    )
+    max_model_len: int | None = Field(default=None, description="tokens, where it was loaded with fewer than planned")
 
 
 class SwitchRecord(_Stored):

@@ -26,7 +26,7 @@ from common.fleet import read_alive, read_offers
 from common.logs import get_logger
 from common.redis_client import RedisClient, connect, wait_until_there
 from common.redis_job_store import RedisJobStore
-from common.schemas import OfferedModel
+from common.schemas import OfferedModel, utc_now
 from common.settings import Settings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess, show_in_flower
@@ -39,11 +39,13 @@ from worker.catalog.toml_file import load_catalogue
 from worker.delivery.lease import Lease
 from worker.engines.base import Engine
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
+from worker.engines.llamacpp_server import find_version as find_llamacpp_version
 from worker.engines.stub import StubEngine
 from worker.engines.vllm_server import VllmServerEngine, find_python, find_version
 from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
 from worker.jobs.runner import JobLimits, JobRunner
+from worker.memory.measured import Measured, Measurement, device_name, engine_name
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.history import SwitchHistory
@@ -57,7 +59,9 @@ from worker.scheduling.redis_queues import RedisQueues
 from worker.selection.choose import Choice, choose_models
 from worker.selection.describe import describe_choice
 from worker.selection.overrides import Overrides
+from worker.selection.placement import Placement
 from worker.tasks import add_generate_task, add_submit_task, add_switch_task
+from worker.telemetry.redis_measured import RedisMeasurements
 from worker.telemetry.redis_status import RedisStatus
 from worker.world import WorkerWorld
 
@@ -260,6 +264,7 @@ class _Worker:
             fetch=fetch_files,
             hand_back=runner.hand_back,
             record=history.add,
+            measured=_keeper_of_measurements(client, settings, found.machine),
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()
@@ -350,6 +355,32 @@ def _build_engines(settings: Settings, kinds: set[EngineKind], run_dir: Path) ->
         EngineKind.STUB: lambda: StubEngine(load_s=settings.worker.stub_load_s, run_s=settings.worker.stub_run_s),
     }
     return {kind: build[kind]() for kind in kinds}
+
+
+def _keeper_of_measurements(
+    client: RedisClient, settings: Settings, machine: Machine
+) -> Callable[[Placement, Measured], None]:
+    """What a load measured goes to Redis, beside what was predicted."""
+    measurements, names = RedisMeasurements(client), engine_names(settings)
+
+    def keep(placement: Placement, measured: Measured) -> None:
+        key = placement.load_key(engine=names[placement.spec.engine], device=device_name(machine, placement.gpus))
+        measurements.save(Measurement(key=key, predicted=placement.memory, measured=measured, at=utc_now()))
+
+    return keep
+
+
+def engine_names(settings: Settings) -> Mapping[EngineKind, str]:
+    """Name each engine with the version that is here, as measurements are kept by."""
+
+    def llamacpp_version() -> str | None:
+        try:
+            return find_llamacpp_version(find_server(settings.llamacpp))
+        except EngineMissing:
+            return None
+
+    versions = {EngineKind.VLLM: _vllm_version(settings), EngineKind.LLAMACPP: llamacpp_version()}
+    return {kind: engine_name(kind, versions.get(kind)) for kind in EngineKind}
 
 
 def _switch_limits(settings: Settings) -> SwitchLimits:

@@ -50,7 +50,7 @@ class WorkerWorld:
         max_temperature_c: float,
     ) -> None:
         self._name = name
-        self._offered = tuple(offered(placement) for placement in placements)
+        self._placements = tuple(placements)
         self._reader = reader
         self._board = board
         self._switcher = switcher
@@ -107,7 +107,8 @@ class WorkerWorld:
                 stopping=self.stopping,
                 now=now,
             )
-            self._status.offer(Offer(worker=self._name, models=self._offered, at=utc_now()))
+            models = tuple(offered(placement, residency) for placement in self._placements)
+            self._status.offer(Offer(worker=self._name, models=models, at=utc_now()))
             self._status.publish(status)
         return status
 
@@ -116,15 +117,16 @@ class WorkerWorld:
         return self.publish(self.machine(), self._board.read(), self.backlog(), now=time.time())
 
 
-def offered(placement: Placement) -> OfferedModel:
-    """What the router needs to know of a placement."""
+def offered(placement: Placement, residency: Residency) -> OfferedModel:
+    """What the router needs to know of a placement; the length is the one in force, if it was loaded with less."""
     spec = placement.spec
+    resident = residency.resident(spec.id)
     return OfferedModel(
         id=spec.id,
         aliases=spec.aliases,
         tier=spec.tier,
         complexity_up_to=spec.complexity_up_to,
-        max_model_len=placement.max_model_len,
+        max_model_len=(resident.max_model_len if resident else None) or placement.max_model_len,
         capabilities=tuple(sorted(spec.capabilities)),
         auto=placement.auto,
     )

@@ -5,11 +5,10 @@ How much memory did a load take? What vLLM says of it while it loads, and what t
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
-from worker.engines.base import Loaded
 from worker.hardware.gpu import Machine
 from worker.memory.measured import Measured
-from worker.selection.placement import Placement
 
 _GIB = 2**30
 _SIZE = r"(?<![\d.-])([\d.]+) GiB"  # no negative one: memory that something else gave back meanwhile
@@ -50,16 +49,13 @@ def read_vllm(log: str) -> Measured:
     )
 
 
-def count_bytes(loaded: Loaded, machine: Machine, placement: Placement) -> int | None:
+def count_bytes(machine: Machine, pids: Collection[int]) -> int | None:
     """
-    Count what the processes of a load hold: on the fullest of its cards, or of the host if it has none.
+    Count what the processes *pids* hold on the card where they hold most.
 
     None where the driver does not say which process holds what: in most containers, and under WSL.
     """
-    if not placement.gpus:
-        return loaded.rss_bytes
-    cards = (gpu.processes for gpu in machine.gpus if gpu.index in placement.gpus)
-    held = (sum(size for pid, size in processes.items() if pid in loaded.pids) for processes in cards)
+    held = (sum(size for pid, size in gpu.processes.items() if pid in pids) for gpu in machine.gpus)
     return max(held, default=0) or None
 
 

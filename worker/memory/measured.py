@@ -4,9 +4,11 @@ What loads took in truth, and what each of these figures holds for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from worker.hardware.gpu import Machine
 from worker.memory.estimate import MemoryEstimate
 
 
@@ -70,6 +72,11 @@ class Measurement:
 def engine_name(kind: str, version: str | None) -> str:
     """Name an engine for a `LoadKey`."""
     return f"{kind} {version or 'of unknown version'}"
+
+
+def device_name(machine: Machine, gpus: Sequence[int]) -> str:
+    """Name the device of a model on these cards for a `LoadKey`."""
+    return next((gpu.name for gpu in machine.gpus if gpu.index in gpus), "cpu")
 
 
 def _weights_of(key: LoadKey) -> tuple[object, ...]:

@@ -53,6 +53,14 @@ def check_memory(machine: Machine, placement: Placement) -> tuple[str, ...]:
     )
 
 
+def free_bytes(machine: Machine, placement: Placement) -> int | None:
+    """What is free on the fullest of the cards of *placement*, or on the host if it has none; None = unknown."""
+    if not placement.gpus:
+        return machine.ram_available_bytes
+    free = [gpu.free_bytes for gpu in machine.gpus if gpu.index in placement.gpus and gpu.free_bytes is not None]
+    return min(free, default=None)
+
+
 def _card_problems(gpu: Gpu, limits: LoadLimits) -> list[str]:
     name = f"card {gpu.index}"
     problems: list[str] = []

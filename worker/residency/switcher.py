@@ -1,5 +1,7 @@
 """
-Carries out switches: drain, unload, load, verify; again if it fails; the only writer of the board.
+Carries out switches: drain, unload, load, verify; again if it fails, smaller if memory runs out.
+
+The only writer of the board.
 
 One switch at a time, on the thread of the switch task. Every wait has an end, and every stage is told.
 """
@@ -11,18 +13,31 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from common.errors import DoesNotFit, InternalError, LoadFailed, LoadRefused, ShiftworkerError, UnknownModel
+from common.errors import (
+    DoesNotFit,
+    InternalError,
+    LoadFailed,
+    LoadRefused,
+    OutOfMemory,
+    ShiftworkerError,
+    TooLittleMemory,
+    UnknownModel,
+)
 from common.logs import get_logger
 from common.schemas import BodyKind, SwitchRecord, SwitchStage, utc_now
 from worker.catalog.spec import EngineKind, ModelSpec
-from worker.engines.base import Call, Engine, EngineState, JobStopped, StopSignal
+from worker.engines.base import Call, Engine, EngineState, JobStopped, Loaded, StopSignal
+from worker.engines.measure import count_bytes
 from worker.hardware.gpu import Machine, MachineReader
+from worker.memory.learn import learned
+from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
-from worker.residency.check import LoadLimits, check_cards, check_load
+from worker.residency.check import LoadLimits, check_cards, check_load, check_memory, free_bytes
 from worker.residency.plan import plan_switch
+from worker.residency.shrink import shrink, what_changed
 from worker.selection.placement import Placement
 from worker.state.residency import Level, Quarantine, Resident, Switching
 
@@ -34,6 +49,7 @@ _PAUSE_S = 2.0  # between attempts: time for a hot card or a leaving process
 _ABANDON_S = 5.0  # for a load to be interrupted; then it is asked again
 _LOOK_S = 0.2  # between two looks whether a switch has ended, or must
 _MAX_QUARANTINE_DOUBLINGS = 6
+_NOISE_BYTES = 256 * 2**20  # by which free memory changes from look to look although no program came or went
 
 CANARY = "Say OK."
 
@@ -70,6 +86,7 @@ class Switcher:
         fetch: Callable[[ModelSpec], object],
         hand_back: Handback,
         record: Callable[[SwitchRecord], None],
+        measured: Callable[[Placement, Measured], object] = lambda _placement, _measured: None,
         epoch: int = 0,
         pause: Callable[[float], object] | None = None,
     ) -> None:
@@ -81,6 +98,8 @@ class Switcher:
         self._fetch = fetch
         self._hand_back = hand_back
         self._record = record
+        self._measured = measured
+        self._ran_out: dict[str, int | None] = {}  # model -> bytes that were free when its plan ran out of memory
         self._leaving = threading.Event()
         self._pause = pause or self._leaving.wait
         self._one_at_a_time = threading.Lock()
@@ -202,6 +221,9 @@ class _Run:
         self._stages: dict[SwitchStage, float] = {}
         self._stage: tuple[SwitchStage, float] | None = None
         self._attempts = 0
+        self._attempts_before = 0  # of the larger plans
+        self._ran_short: list[str] = []  # what became of the larger plans
+        self._smaller: str | None = None  # what the plan gives up, if it is not the full one
         self._epoch = 0
         ready = self._board.read().ready_models
         self._from = ready[0] if ready else None
@@ -222,7 +244,7 @@ class _Run:
             # Files that must come over the network come before anything is stopped, and cost no attempt.
             self._fetch()
             self._make_room(plan.stop)
-            self._try(self._load)
+            self._load_what_fits()
         except ShiftworkerError as error:
             return self._give_up(error)
         except Exception as error:
@@ -231,7 +253,7 @@ class _Run:
             self._clear_away()
             return self._give_up(InternalError(f"{type(error).__name__}: {error}"))
         self._board.quarantine(model_id, None)
-        return self.finished("ready", plan.reason)
+        return self.finished("ready", "; ".join([plan.reason, *self._ran_short, *filter(None, [self._smaller])]))
 
     def _fetch(self) -> None:
         """
@@ -280,11 +302,65 @@ class _Run:
             self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
             self._board.remove(model_id)
 
+    def _load_what_fits(self) -> None:
+        """
+        Load the plan; where memory runs out, the next smaller one that what is free now can hold.
+
+        A plan that an engine ran out of memory with is not loaded again until more is free than was then: every
+        switch to its model would crash first.
+        """
+        full, switcher = self._placement, self._switcher
+        try:
+            self._check_more_is_free()
+            self._try(self._load)
+        except (OutOfMemory, TooLittleMemory) as error:
+            machine = switcher._machine.read()
+            if isinstance(error, OutOfMemory):
+                switcher._ran_out[full.model_id] = free_bytes(machine, full)
+            self._load_smaller(shrink(full, machine), error)
+        else:
+            switcher._ran_out.pop(full.model_id, None)
+
+    def _check_more_is_free(self) -> None:
+        """Raise if the plan ran out of memory before, and no more is free than was then."""
+        before = self._switcher._ran_out.get(self._placement.model_id)
+        if before is None or self._force:
+            return
+        free = free_bytes(self._switcher._machine.read(), self._placement)
+        if free is not None and free < before + _NOISE_BYTES:
+            raise TooLittleMemory(
+                f"{self._placement.model_id} ran out of memory with {before:,} bytes free, and {free:,} are now."
+            )
+
+    def _load_smaller(self, plans: tuple[Placement, ...], error: ShiftworkerError) -> None:
+        """Load the first of *plans* that can be; *error* is why the full one cannot. Raises the last one's error."""
+        full = self._placement
+        for plan in plans:
+            self._end_if_leaving()
+            self._ran_short.append(error.message)
+            self._placement, self._smaller = plan, f"smaller than planned: {what_changed(full, plan)}"
+            self._attempts_before = self._attempts
+            logger.warning(
+                "residency.smaller_plan", model_id=plan.model_id, changed=self._smaller, reason=error.message
+            )
+            try:
+                self._look_at_memory()
+                return self._try(self._load)
+            except (LoadFailed, TooLittleMemory) as failed:
+                error = failed
+        raise type(error)("; ".join([*self._ran_short, error.message]))
+
+    def _look_at_memory(self) -> None:
+        """Raise if there is too little for the plan: a smaller one is worth no waiting."""
+        problems = () if self._force else check_memory(self._switcher._machine.read(), self._placement)
+        if problems:
+            raise TooLittleMemory(f"{self._smaller}: {'; '.join(problems)}")
+
     def _try(self, step: Callable[[], None]) -> None:
         """Take *step*, again after a pause where that may help; raises the last attempt's error."""
         for attempt in range(1, self._limits.attempts + 1):
             self._end_if_leaving()
-            self._attempts = attempt
+            self._attempts = self._attempts_before + attempt
             try:
                 return step()
             except ShiftworkerError as error:
@@ -292,7 +368,8 @@ class _Run:
                     "residency.attempt_failed", model_id=self._placement.model_id, attempt=attempt, error=error.message
                 )
                 last = attempt == self._limits.attempts or self._switcher._leaving.is_set()
-                if last or not error.retry_helps:
+                # Out of memory with what was free by all looks: the next time too.
+                if last or not error.retry_helps or isinstance(error, OutOfMemory):
                     raise
             self._switcher._pause(_PAUSE_S)
         return None
@@ -313,21 +390,42 @@ class _Run:
         placement = self._placement
         model_id = placement.model_id
         until = time.monotonic() + self._limits.attempt_s
-        self._enter(SwitchStage.LOADING, f"attempt {self._attempts} of {self._limits.attempts}")
+        attempt = f"attempt {self._attempts - self._attempts_before} of {self._limits.attempts}"
+        self._enter(SwitchStage.LOADING, "; ".join(filter(None, [attempt, self._smaller])))
         self._check(check_load)
-        resident = Resident(model_id=model_id, level=Level.STARTING, bytes=placement.memory.total, since=time.time())
+        resident = Resident(
+            model_id=model_id,
+            level=Level.STARTING,
+            bytes=placement.memory.total,
+            since=time.time(),
+            smaller=self._smaller,
+            max_model_len=placement.max_model_len if self._smaller else None,
+        )
         self._board.put(resident)
         engine = self._switcher._engine(model_id)
         loaded = engine.ensure_ready(placement, timeout_s=self._limits.attempt_s)
         self._enter(SwitchStage.VERIFYING, f"loaded in {loaded.seconds:.1f} s, canary prompt")
         verify(engine, placement, timeout_s=max(1.0, until - time.monotonic()))
-        self._board.put(Resident(model_id=model_id, level=Level.READY, bytes=placement.memory.total, since=time.time()))
+        measured = self._measure(loaded)
+        taken = learned(placement.memory, measured, on_card=bool(placement.gpus)).total
+        self._board.put(replace(resident, level=Level.READY, bytes=taken, since=time.time()))
+        self._tell(self._switcher._measured, placement, measured)
+
+    def _measure(self, loaded: Loaded) -> Measured:
+        """Put what the machine counts beside what the engine says."""
+        if not self._placement.gpus:
+            return replace(loaded.measured, total=loaded.rss_bytes)
+        held = count_bytes(self._switcher._machine.read(), loaded.pids) if loaded.pids else None
+        return replace(loaded.measured, total=held)
 
     def _check(self, check: Callable[[Machine, Placement, LoadLimits], tuple[str, ...]]) -> None:
         """Raise what *check* has against the machine as it is now, unless forced."""
-        problems = () if self._force else check(self._switcher._machine.read(), self._placement, self._limits.load)
-        if problems:
-            raise LoadRefused(
+        if self._force:
+            return
+        machine, limits = self._switcher._machine.read(), self._limits.load
+        if problems := check(machine, self._placement, limits):
+            refusal = LoadRefused if check_cards(machine, self._placement, limits) else TooLittleMemory
+            raise refusal(
                 f"{self._placement.model_id} is not loaded now: {'; '.join(problems)}. "
                 "`shiftworker switch --force` loads it anyway."
             )

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.catalog.spec import ModelSpec
+from worker.catalog.spec import EngineKind, ModelSpec
 from worker.memory.estimate import MemoryEstimate
+from worker.memory.measured import LoadKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +37,19 @@ class Placement:
     def tensor_parallel_size(self) -> int:
         """Over how many cards each layer is split."""
         return max(1, len(self.gpus))
+
+    def load_key(self, *, engine: str, device: str) -> LoadKey:
+        """Under what its load is measured; *engine* as `engine_name` says it, *device* the card's name or "cpu"."""
+        llamacpp = self.spec.engine is EngineKind.LLAMACPP
+        return LoadKey(
+            model_id=self.model_id,
+            quantization=self.quantization,
+            engine=engine,
+            device=device,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            tensor_parallel_size=self.tensor_parallel_size,
+            n_gpu_layers=self.n_gpu_layers if llamacpp else None,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )

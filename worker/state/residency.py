@@ -28,6 +28,8 @@ class Resident:
     bytes: int  # what it takes, measured where it can be, else estimated
     since: float  # Unix seconds
     in_flight: int = 0  # jobs the engine works on
+    smaller: str | None = None  # what it was loaded with instead of its plan, and why; None = as planned
+    max_model_len: int | None = None  # tokens, where it was loaded with fewer than planned
 
 
 @dataclass(frozen=True, kw_only=True)

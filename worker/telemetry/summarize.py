@@ -38,7 +38,13 @@ def summarize(
         switching_to=switching.to_model if switching else None,
         residents=tuple(
             ResidentStatus(
-                model=r.model_id, level=r.level, bytes=r.bytes, in_flight=r.in_flight, since=_moment(r.since)
+                model=r.model_id,
+                level=r.level,
+                bytes=r.bytes,
+                in_flight=r.in_flight,
+                since=_moment(r.since),
+                smaller=r.smaller,
+                max_model_len=r.max_model_len,
             )
             for r in sorted(residency.residents, key=lambda r: r.model_id)
         ),
@@ -76,7 +82,12 @@ def _alerts(machine: Machine, residency: Residency, max_temperature_c: float, no
         for model, found in sorted(residency.quarantined.items())
         if now < found.until
     )
-    return (*hot, *quarantined)
+    smaller = (
+        f"{r.model_id} had too little memory and is {r.smaller}"
+        for r in sorted(residency.residents, key=lambda r: r.model_id)
+        if r.smaller is not None
+    )
+    return (*hot, *quarantined, *smaller)
 
 
 def _gpu(gpu: Gpu) -> GpuStatus:
