@@ -68,7 +68,8 @@ def _read(method: str, config: Mapping[str, Any]) -> Quantization | None:
             return _auto_round(config, skipped)
         case "fp8" | "fbgemm_fp8" | "ptpc_fp8":
             block = _block(config.get("weight_block_size"))
-            return Quantization("fp8", 8, scale_bytes=4, block=block, ignored=skipped)
+            by_row = method != "fp8"
+            return Quantization("fp8", 8, scale_bytes=4 if block or by_row else 0, block=block, ignored=skipped)
         case "mxfp4":
             return dataclasses.replace(_MXFP4, ignored=skipped)
         case "bitsandbytes":
@@ -151,6 +152,8 @@ def _modelopt_scheme(layer: Mapping[str, Any]) -> Quantization | None:
         return _NVFP4
     if "MXFP8" in algorithm:
         return Quantization("mxfp8", 8, 32, scale_bytes=1)
+    if algorithm == "FP8":  # one scale for the whole matrix
+        return Quantization("fp8", 8, scale_bytes=0)
     if "FP8" in algorithm:
         return Quantization(
             "fp8", 8, scale_bytes=4, block=(128, 128) if "BLOCK" in algorithm or "PB" in algorithm else None
