@@ -128,12 +128,12 @@ def models(*, as_json: Json = False) -> None:
     """Show which models this machine can serve, how, and why each other one is left out."""
     found = _wiring().survey(_settings())
     if as_json:
-        _print_json(show.choice_as_dict(found.choice))
+        _print_json(show.choice_as_dict(found.choice, found.measured))
         return
     _out.print(show.machine_line(found.machine))
     for reason in found.detected.passed_over:
         _out.print(f"  passed over {reason}", style="dim", highlight=False)
-    _out.print(show.choice_table(found.choice))
+    _out.print(show.choice_table(found.choice, found.measured))
 
 
 @app.command()

@@ -17,7 +17,10 @@ from common.errors import Misconfigured, ShiftworkerError
 from common.redis_client import connect, ping, without_password
 from common.settings import Settings
 from worker.catalog.hub import in_cache
+from worker.embedded_redis import given_url
+from worker.memory.measured import Measurement
 from worker.selection.choose import Choice
+from worker.selection.placement import Placement
 from worker.wiring import Survey, survey
 
 _GIB = 2**30
@@ -34,10 +37,19 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All findings, and the choice if one could be made."""
+    """All findings, and what they were made of."""
 
     findings: tuple[Finding, ...]
-    choice: Choice | None
+    found: Survey | None  # None where no choice could be made
+
+    @property
+    def choice(self) -> Choice | None:
+        """What would be served."""
+        return self.found.choice if self.found else None
+
+    def measured(self, placement: Placement) -> Measurement | None:
+        """What the last load of *placement* took."""
+        return self.found.measured(placement) if self.found else None
 
     @property
     def healthy(self) -> bool:
@@ -63,17 +75,17 @@ def examine(settings: Settings) -> Report:
     try:
         found = survey(settings)
     except Misconfigured as error:
-        return Report(findings=(redis, Finding(what=error.kind, good=False, detail=error.message)), choice=None)
-    return Report(findings=(redis, *_findings(found)), choice=found.choice)
+        return Report(findings=(redis, Finding(what=error.kind, good=False, detail=error.message)), found=None)
+    return Report(findings=(redis, *_findings(found)), found=found)
 
 
 def _redis(settings: Settings) -> Finding:
     url = settings.redis.url
-    if url is None:
-        return Finding(what="Redis", good=None, detail="REDIS_URL is not set: `shiftworker up` starts one of its own")
     try:
         ping(connect(url), url)
     except (ShiftworkerError, RedisError, OSError) as error:
+        if given_url() is None:
+            return Finding(what="Redis", good=None, detail="none runs here: `shiftworker up` starts one of its own")
         return Finding(what="Redis", good=False, detail=str(error))
     return Finding(what="Redis", good=True, detail=f"{without_password(url)} answers")
 
@@ -109,7 +121,7 @@ def _findings(found: Survey) -> Iterator[Finding]:
         )
     disk = shutil.disk_usage(Path.home())
     yield Finding(what="disk", good=True, detail=f"{disk.free / _GIB:.0f} GiB free for model files")
-    served = f"{len(choice.placements)} of {len(found.catalogue)} models fit; starts with "
+    served = f"{len(choice.placements)} of {len(found.catalogue)} models can be served here; starts with "
     yield Finding(
         what="choice",
         good=choice.starting is not None,

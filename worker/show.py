@@ -4,6 +4,8 @@ What people see in the terminal: a choice, a status, as tables; sizes in GiB.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -14,11 +16,15 @@ from rich.table import Table
 from common.schemas import GpuStatus, HardwareStatus, SwitchRecord
 from worker.hardware.gpu import Machine
 from worker.memory.case import Answer
+from worker.memory.measured import Measurement
 from worker.selection.choose import Choice
 from worker.selection.describe import describe_placement
+from worker.selection.placement import Placement
 
 if TYPE_CHECKING:
     from worker.doctor import Report  # it knows every part of a worker, and whoever only asks has only some
+
+Measured = Callable[[Placement], Measurement | None]  # what the last load of a placement took
 
 _GIB = 2**30
 
@@ -35,20 +41,29 @@ def machine_line(machine: Machine) -> str:
     return f"{cards or 'no GPU'}; {host}; read by {machine.source}"
 
 
-def choice_table(choice: Choice) -> Table:
-    """Every model of the catalogue: how it is served, or why it is not."""
-    table = Table("model", "tier", "served", box=None, pad_edge=False, caption_justify="left")
+def choice_table(choice: Choice, measured: Measured) -> Table:
+    """Every model of the catalogue: how it is served, or why it is not; and what its last load really took."""
+    table = Table("model", "tier", "served", "measured", box=None, pad_edge=False, caption_justify="left")
     for placement in choice.placements:
         start = " [bold](starts)[/]" if placement == choice.starting else ""
-        table.add_row(placement.model_id + start, str(placement.spec.tier), describe_placement(placement))
+        served = describe_placement(placement)
+        table.add_row(placement.model_id + start, str(placement.spec.tier), served, _measured_line(measured(placement)))
     for left in choice.left_out:
-        table.add_row(left.model_id, "", f"no: {left.reason}", style="dim")
+        table.add_row(left.model_id, "", f"no: {left.reason}", "", style="dim")
     table.caption = f"Starts with {choice.starting.model_id if choice.starting else 'nothing'}: {choice.reason}."
     return table
 
 
-def choice_as_dict(choice: Choice) -> dict[str, Any]:
+def _measured_line(found: Measurement | None) -> str:
+    """Predicted, measured, and by how much the prediction was off; nothing for a model that was never loaded."""
+    if found is None or found.error is None:
+        return ""
+    return f"{gib(found.measured.total)}, {gib(found.predicted.total)} predicted ({found.error:+.1%})"
+
+
+def choice_as_dict(choice: Choice, measured: Measured) -> dict[str, Any]:
     """The choice for programs; sizes in bytes."""
+    loads = {placement.model_id: measured(placement) for placement in choice.placements}
     return {
         "starting": choice.starting.model_id if choice.starting else None,
         "reason": choice.reason,
@@ -66,10 +81,23 @@ def choice_as_dict(choice: Choice) -> dict[str, Any]:
                 "kv_cache_bytes": placement.memory.kv_cache,
                 "overhead_bytes": placement.memory.overhead,
                 "total_bytes": placement.memory.total,
+                "measured": _load_as_dict(loads[placement.model_id]),
             }
             for placement in choice.placements
         ],
         "left_out": {left.model_id: left.reason for left in choice.left_out},
+    }
+
+
+def _load_as_dict(found: Measurement | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "at": found.at.isoformat(),
+        "predicted_bytes": found.predicted.total,
+        "measured_bytes": found.measured.total,
+        "error": found.error,
+        "terms": {name: size for name, size in asdict(found.measured).items() if size is not None},
     }
 
 
@@ -103,7 +131,7 @@ def doctor_report(report: Report) -> Group:
     """The findings, a mark before each, then the choice."""
     marks = {True: "[green]ok[/]     ", False: "[bold red]missing[/]", None: "[yellow]note[/]   "}
     lines = [f"{marks[finding.good]} [bold]{finding.what}[/]: {escape(finding.detail)}" for finding in report.findings]
-    return Group(*lines, *([choice_table(report.choice)] if report.choice else []))
+    return Group(*lines, *([choice_table(report.choice, report.measured)] if report.choice else []))
 
 
 def status_panel(status: HardwareStatus) -> Panel:

@@ -18,6 +18,7 @@ from socket import gethostname
 from typing import Any
 
 from celery import Celery
+from redis.exceptions import RedisError
 
 from common import keys
 from common.celery_app import create_app
@@ -45,7 +46,7 @@ from worker.engines.vllm_server import VllmServerEngine, find_python, find_versi
 from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
 from worker.jobs.runner import JobLimits, JobRunner
-from worker.memory.measured import Measured, Measurement, device_name, engine_name
+from worker.memory.measured import LoadKey, Measured, Measurement, device_name, engine_name
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.history import SwitchHistory
@@ -58,6 +59,7 @@ from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, ever
 from worker.scheduling.redis_queues import RedisQueues
 from worker.selection.choose import Choice, choose_models
 from worker.selection.describe import describe_choice
+from worker.selection.lessons import Lessons
 from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
 from worker.tasks import add_generate_task, add_submit_task, add_switch_task
@@ -83,11 +85,20 @@ class Survey:
     catalogue: Catalogue
     engines: Mapping[EngineKind, str | None]  # why an engine is not available; None = it is
     choice: Choice
+    lessons: Lessons
+
+    def measured(self, placement: Placement) -> Measurement | None:
+        """What the last load of this very *placement* took; None if nobody has loaded it yet."""
+        engine = self.lessons.engines[placement.spec.engine]
+        key = placement.load_key(engine=engine, device=device_name(self.machine, placement.gpus))
+        return self.lessons.measurements.get(key)
 
 
 def survey(settings: Settings) -> Survey:
     """
     Look at the machine and choose the models; nothing is started, nothing is written.
+
+    What earlier loads measured counts if Redis is there to say it.
 
     Raises
     ------
@@ -104,14 +115,28 @@ def survey(settings: Settings) -> Survey:
         )
     catalogue, missing = read_all_facts(catalogue)
     engines = _engines_here(settings)
+    lessons = Lessons(measurements=_measurements(settings), engines=engine_names(settings))
     choice = choose_models(
         machine,
         catalogue,
         engines=engines,
         overrides=_overrides(settings, model),
         missing={**missing, **out_of_reach(catalogue)},
+        lessons=lessons,
     )
-    return Survey(detected=detected, machine=machine, catalogue=catalogue, engines=engines, choice=choice)
+    return Survey(
+        detected=detected, machine=machine, catalogue=catalogue, engines=engines, choice=choice, lessons=lessons
+    )
+
+
+def _measurements(settings: Settings) -> Mapping[LoadKey, Measurement]:
+    """What earlier loads of this fleet measured; nothing where no Redis answers."""
+    client = connect(settings.redis.url)
+    try:
+        client.ping()
+    except (RedisError, OSError):
+        return {}
+    return RedisMeasurements(client).read()
 
 
 def _asked_model(settings: Settings, catalogue: Catalogue) -> str | ModelSpec | None:

@@ -11,6 +11,7 @@ from common.errors import BadSetting, DoesNotFit, EngineMissing, ModelMissing
 from worker.catalog.catalogue import Catalogue
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.hardware.gpu import Machine
+from worker.selection.lessons import NOTHING, Lessons
 from worker.selection.overrides import Overrides
 from worker.selection.place import force_model, place_model
 from worker.selection.placement import Placement
@@ -47,12 +48,13 @@ def choose_models(
     engines: Mapping[EngineKind, str | None],
     overrides: Overrides | None = None,
     missing: Mapping[str, str] | None = None,
+    lessons: Lessons = NOTHING,
 ) -> Choice:
     """
     Place every model of *catalogue* that this machine can serve.
 
     *engines* says of each engine why it is not available, None if it is; *missing* why a model's files are
-    not there. The questions, asked of each model in order:
+    not there; *lessons* what earlier loads measured. The questions, asked of each model in order:
 
     1. Did the operator name another model, or a list without it? Leave it out.
     2. Are its files there, and its engine?                       Leave it out if not.
@@ -78,13 +80,15 @@ def choose_models(
     """
     overrides, missing = overrides or Overrides(), missing or {}
     if overrides.model is not None:
-        return _only_asked(_asked(catalogue, overrides.model), machine, engines, overrides, missing)
+        return _only_asked(
+            _asked(catalogue, overrides.model), machine, engines, overrides, missing=missing, lessons=lessons
+        )
     _check_only(catalogue, overrides.only)
 
     placements: list[Placement] = []
     left_out: list[LeftOut] = []
     for spec in catalogue:
-        answer = _place(spec, machine, engines, overrides, missing)
+        answer = _place(spec, machine, engines, overrides, missing=missing, lessons=lessons)
         if isinstance(answer, Refusal):
             left_out.append(LeftOut(model_id=spec.id, reason=answer.reason))
         else:
@@ -106,7 +110,9 @@ def _place(
     machine: Machine,
     engines: Mapping[EngineKind, str | None],
     overrides: Overrides,
+    *,
     missing: Mapping[str, str],
+    lessons: Lessons,
 ) -> Placement | Refusal:
     # (1) Not wanted.
     if overrides.only and spec.id not in overrides.only:
@@ -117,7 +123,7 @@ def _place(
     if (why := engines.get(spec.engine, f"no {spec.engine} engine in this worker")) is not None:
         return Refusal(reason=why)
     # (3) Fits, or not.
-    return place_model(spec, machine, overrides)
+    return place_model(spec, machine, overrides, lessons)
 
 
 def _asked(catalogue: Catalogue, model: str | ModelSpec) -> ModelSpec:
@@ -132,14 +138,16 @@ def _only_asked(
     machine: Machine,
     engines: Mapping[EngineKind, str | None],
     overrides: Overrides,
+    *,
     missing: Mapping[str, str],
+    lessons: Lessons,
 ) -> Choice:
     """The one model that VLLM_MODEL names, or the error that says why it cannot be."""
     if spec.id in missing:
         raise ModelMissing(f"VLLM_MODEL={spec.id}: {missing[spec.id]}")
     if (why := engines.get(spec.engine, f"no {spec.engine} engine in this worker")) is not None:
         raise EngineMissing(f"VLLM_MODEL={spec.id} needs {spec.engine}: {why}")
-    answer = place_model(spec, machine, overrides, asked=True)
+    answer = place_model(spec, machine, overrides, lessons, asked=True)
     reason = "VLLM_MODEL names it"
     if isinstance(answer, Refusal):
         if not overrides.force:

@@ -14,6 +14,7 @@ from worker.memory.gguf_measure import measure_gguf
 from worker.memory.gguf_predict import predict_gguf
 from worker.memory.offload import offload_layers
 from worker.selection.fit_vllm import cannot_tell, lengths
+from worker.selection.lessons import NOTHING, Lessons
 from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
 from worker.selection.places import Place, Refusal, gib
@@ -22,19 +23,26 @@ LONGEST = 16384  # tokens; llama.cpp sets a context aside for every slot
 _USUAL_MIX = "Q4_K_M"
 
 
-def fit_llamacpp(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement | Refusal:
-    """Fit the whole model into *place*, a card or the host, with the longest context; or say why it does not fit."""
+def fit_llamacpp(
+    spec: ModelSpec, overrides: Overrides, place: Place, lessons: Lessons = NOTHING
+) -> Placement | Refusal:
+    """
+    Fit the whole model into *place*, a card or the host, with the longest context; or say why it does not fit.
+
+    *lessons* of earlier loads take the place of what is computed.
+    """
     model = gguf_model(spec)
-    estimate: LlamaCppEstimate | Unknown = Unknown(missing=())
+    placement = None
     for length in lengths(spec, overrides, longest=LONGEST):
         options = llamacpp_options(overrides, length)
         estimate = estimate_llamacpp(model, options, n_gpu_layers=model.layers + 1 if place.gpus else None)
         if isinstance(estimate, Unknown):
             return cannot_tell(estimate.missing)
-        if (estimate.card if place.gpus else estimate.host) <= place.budget:
-            return placement_of(spec, overrides, place, estimate, length=length)
-    assert isinstance(estimate, LlamaCppEstimate)  # noqa: S101 - there is always a length
-    return Refusal(reason=_arithmetic(estimate, options, place))
+        placement = lessons.apply(placement_of(spec, overrides, place, estimate, length=length), place)
+        if placement.memory.total <= place.budget:
+            return placement
+    assert placement is not None  # noqa: S101 - there is always a length
+    return Refusal(reason=_arithmetic(placement, place))
 
 
 def split_llamacpp(
@@ -129,10 +137,10 @@ def _memory(estimate: LlamaCppEstimate, *, on_card: bool) -> MemoryEstimate:
     )
 
 
-def _arithmetic(estimate: LlamaCppEstimate, options: LlamaCppOptions, place: Place) -> str:
-    memory = _memory(estimate, on_card=bool(place.gpus))
+def _arithmetic(placement: Placement, place: Place) -> str:
+    memory = placement.memory
     return (
-        f"needs {gib(memory.weights)} weights + {gib(memory.kv_cache)} KV at {options.max_model_len} tokens in each of "
-        f"{options.slots} slots + {gib(memory.overhead)} overhead = {gib(memory.total)} "
+        f"needs {gib(memory.weights)} weights + {gib(memory.kv_cache)} KV at {placement.max_model_len} tokens in each "
+        f"of {placement.max_num_seqs} slots + {gib(memory.overhead)} overhead = {gib(memory.total)} "
         f"{'on one card' if place.gpus else 'in RAM'}; {place}"
     )

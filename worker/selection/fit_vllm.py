@@ -5,7 +5,6 @@ How does a model run in vLLM on these cards: how long a context, how many at onc
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 from worker.catalog.architecture import Architecture
 from worker.catalog.hf_config import packed_as
@@ -15,6 +14,7 @@ from worker.memory.constants import CPU_PROCESS_BYTES, is_large, server_defaults
 from worker.memory.estimate import MemoryEstimate
 from worker.memory.estimate_vllm import VllmLoad, estimate_vllm
 from worker.memory.weigh import correct_weights
+from worker.selection.lessons import NOTHING, Lessons
 from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
 from worker.selection.places import Place, Refusal, gib
@@ -26,15 +26,7 @@ _TYPICAL_JOB_TOKENS = 2048  # prompt and answer; what a shared pool is sized by 
 _CPU_POOL_BYTES = 2**30  # vLLM takes 4 s at each start to allocate a pool of 1 GiB on the CPU
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Fit:
-    """One way to load the model, and what it takes."""
-
-    load: VllmLoad
-    memory: MemoryEstimate  # with a pool for one request
-
-
-def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement | Refusal:
+def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place, lessons: Lessons = NOTHING) -> Placement | Refusal:
     """
     Fit the whole model into *place*, or say with the arithmetic why it does not.
 
@@ -43,7 +35,8 @@ def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement |
     2. The pool holds at least one request of that length. A model that has the card to itself gets all of the
        rest; models that share one get room for `max_num_seqs` typical jobs.
 
-    A length or share that the operator set is obeyed, or the model is refused.
+    A length or share that the operator set is obeyed, or the model is refused. *lessons* of earlier loads take the
+    place of what is computed.
     """
     if spec.architecture is None:
         return cannot_tell(("config.json",))
@@ -55,15 +48,16 @@ def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place) -> Placement |
     if unknown:
         return cannot_tell(unknown)
     # (1) The longest that fits.
-    fit = None
+    placement = None
     for length in lengths(spec, overrides, longest=LONGEST):
         for batched in _batches(place):
             load = _load(overrides, place, length, batched)
-            fit = _estimate(architecture, load, place, in_files=in_files, bytes_in_files=held)
-            if fit.memory.total <= place.budget:
-                return _placement(spec, overrides, place, fit, _pool(architecture, overrides, place, fit))
-    assert fit is not None  # noqa: S101 - there is always a length
-    return Refusal(reason=_arithmetic(fit, place))
+            memory = _estimate(architecture, load, place, in_files=in_files, bytes_in_files=held)
+            placement = lessons.apply(_placement(spec, overrides, place, load, memory), place)
+            if placement.memory.total <= place.budget:
+                return _with_pool(placement, overrides, place, _typical_pool(architecture, load))
+    assert placement is not None  # noqa: S101 - there is always a length
+    return Refusal(reason=_arithmetic(placement, place))
 
 
 def lengths(spec: ModelSpec, overrides: Overrides, *, longest: int) -> tuple[int, ...]:
@@ -104,13 +98,14 @@ def _load(overrides: Overrides, place: Place, length: int, batched: int) -> Vllm
 
 def _estimate(
     architecture: Architecture, load: VllmLoad, place: Place, *, in_files: Architecture, bytes_in_files: int | None
-) -> _Fit:
+) -> MemoryEstimate:
+    """What it takes with a pool for one request."""
     estimate = estimate_vllm(architecture, load)
     weights = None if estimate.weights is None else estimate.weights.total
     if bytes_in_files is not None:
         weights = correct_weights(weights, in_files, in_files=bytes_in_files, cards=load.tensor_parallel_size)
     on_card = bool(place.gpus)
-    memory = MemoryEstimate(
+    return MemoryEstimate(
         weights=weights or 0,
         kv_cache=estimate.cache.request_bytes if estimate.cache else 0,
         activation=estimate.activation,
@@ -118,43 +113,47 @@ def _estimate(
         non_torch=estimate.non_torch if on_card else CPU_PROCESS_BYTES,
         cuda_context=estimate.cuda_context if on_card else 0,
     )
-    return _Fit(load=load, memory=memory)
 
 
-def _pool(architecture: Architecture, overrides: Overrides, place: Place, fit: _Fit) -> int:
-    """(2) Bytes of the KV pool on each card."""
-    one = fit.memory.kv_cache
-    room = place.budget - fit.memory.total + one
-    if place.gpus and (overrides.gpu_memory_utilization or overrides.residents == 1):
-        return room
-    typical = shape_cache(
-        architecture,
-        max_model_len=min(fit.load.max_model_len, _TYPICAL_JOB_TOKENS),
-        max_num_batched_tokens=fit.load.max_num_batched_tokens,
-        tensor_parallel_size=fit.load.tensor_parallel_size,
+def _placement(
+    spec: ModelSpec, overrides: Overrides, place: Place, load: VllmLoad, memory: MemoryEstimate
+) -> Placement:
+    return Placement(
+        spec=spec,
+        memory=memory,
+        max_model_len=load.max_model_len,
+        max_num_seqs=load.max_num_seqs,
+        max_num_batched_tokens=load.max_num_batched_tokens,
+        kv_cache_bytes=memory.kv_cache,
+        gpus=tuple(gpu.index for gpu in place.gpus),
+        quantization=_quantization(spec, overrides),
     )
-    useful = (typical.request_bytes if typical else 0) * overrides.max_num_seqs
-    return max(one, min(room, useful if place.gpus else min(useful, _CPU_POOL_BYTES)))
 
 
-def _placement(spec: ModelSpec, overrides: Overrides, place: Place, fit: _Fit, pool: int) -> Placement:
-    memory = dataclasses.replace(fit.memory, kv_cache=pool)
+def _with_pool(placement: Placement, overrides: Overrides, place: Place, typical: int) -> Placement:
+    """(2) Give it its pool, and the share of the card that comes of it; *typical* holds as many jobs as it takes."""
+    one = placement.memory.kv_cache
+    room = place.budget - placement.memory.total + one
+    useful = typical if place.gpus else min(typical, _CPU_POOL_BYTES)
+    alone = place.gpus and (overrides.gpu_memory_utilization or overrides.residents == 1)
+    memory = dataclasses.replace(placement.memory, kv_cache=room if alone else max(one, min(room, useful)))
     share = None
     if place.gpus:
         # The context exists before vLLM compares its share with what is free.
         inside = memory.total - memory.cuda_context
         share = overrides.gpu_memory_utilization or inside / min(gpu.total_bytes for gpu in place.gpus)
-    return Placement(
-        spec=spec,
-        memory=memory,
-        max_model_len=fit.load.max_model_len,
-        max_num_seqs=fit.load.max_num_seqs,
-        max_num_batched_tokens=fit.load.max_num_batched_tokens,
-        kv_cache_bytes=pool,
-        gpus=tuple(gpu.index for gpu in place.gpus),
-        gpu_memory_utilization=share,
-        quantization=_quantization(spec, overrides),
+    return dataclasses.replace(placement, memory=memory, kv_cache_bytes=memory.kv_cache, gpu_memory_utilization=share)
+
+
+def _typical_pool(architecture: Architecture, load: VllmLoad) -> int:
+    """Bytes on each card for as many typical jobs as the engine works on at once."""
+    shape = shape_cache(
+        architecture,
+        max_model_len=min(load.max_model_len, _TYPICAL_JOB_TOKENS),
+        max_num_batched_tokens=load.max_num_batched_tokens,
+        tensor_parallel_size=load.tensor_parallel_size,
     )
+    return 0 if shape is None else shape.request_bytes * load.max_num_seqs
 
 
 def _quantization(spec: ModelSpec, overrides: Overrides) -> str | None:
@@ -164,9 +163,9 @@ def _quantization(spec: ModelSpec, overrides: Overrides) -> str | None:
     return spec.quantization
 
 
-def _arithmetic(fit: _Fit, place: Place) -> str:
-    memory, where = fit.memory, {0: "in RAM", 1: "on one card"}.get(len(place.gpus), "on each card")
+def _arithmetic(placement: Placement, place: Place) -> str:
+    memory, where = placement.memory, {0: "in RAM", 1: "on one card"}.get(len(place.gpus), "on each card")
     return (
-        f"needs {gib(memory.weights)} weights + {gib(memory.kv_cache)} KV at {fit.load.max_model_len} tokens "
+        f"needs {gib(memory.weights)} weights + {gib(memory.kv_cache)} KV at {placement.max_model_len} tokens "
         f"+ {gib(memory.overhead)} overhead = {gib(memory.total)} {where}; {place}"
     )

@@ -10,12 +10,15 @@ from worker.memory.estimate import MemoryEstimate
 from worker.selection.fit_llamacpp import fit_llamacpp, split_llamacpp
 from worker.selection.fit_vllm import LONGEST as LONGEST_VLLM
 from worker.selection.fit_vllm import fit_vllm
+from worker.selection.lessons import NOTHING, Lessons
 from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
 from worker.selection.places import Place, Refusal, card_places, host_place, to_spare
 
 
-def place_model(spec: ModelSpec, machine: Machine, overrides: Overrides, *, asked: bool = False) -> Placement | Refusal:
+def place_model(
+    spec: ModelSpec, machine: Machine, overrides: Overrides, lessons: Lessons = NOTHING, *, asked: bool = False
+) -> Placement | Refusal:
     """
     Decide where *spec* runs; *asked* says that the operator named this very model.
 
@@ -32,8 +35,8 @@ def place_model(spec: ModelSpec, machine: Machine, overrides: Overrides, *, aske
                                            or all of them.
     7. Otherwise                           Refuse, with the arithmetic of the most roomy attempt.
 
-    `fit_vllm` and `fit_llamacpp` say how; an n_gpu_layers or gpu_memory_utilization of the operator is obeyed, or
-    the model is refused.
+    `fit_vllm` and `fit_llamacpp` say how, by the *lessons* of earlier loads where there are any; an n_gpu_layers or
+    gpu_memory_utilization of the operator is obeyed, or the model is refused.
     """
     # (1) A stub.
     if spec.engine is EngineKind.STUB:
@@ -59,7 +62,7 @@ def place_model(spec: ModelSpec, machine: Machine, overrides: Overrides, *, aske
     fit = fit_llamacpp if spec.engine is EngineKind.LLAMACPP else fit_vllm
     host = host_place(machine)
     if not machine.gpus or (spec.engine is EngineKind.LLAMACPP and overrides.n_gpu_layers == 0):
-        return fit(spec, overrides, host)
+        return fit(spec, overrides, host, lessons)
 
     # (4) One card, (5) several; but not if the operator wants only some layers there.
     places = card_places(spec, machine.gpus, overrides)
@@ -68,7 +71,7 @@ def place_model(spec: ModelSpec, machine: Machine, overrides: Overrides, *, aske
     refusal = Refusal(reason="no card of this machine can be used")
     some_layers = spec.engine is EngineKind.LLAMACPP and (overrides.n_gpu_layers or 0) > 0
     for place in () if some_layers else places:
-        answer = fit(spec, overrides, place)
+        answer = fit(spec, overrides, place, lessons)
         if isinstance(answer, Placement):
             return answer
         refusal = answer
