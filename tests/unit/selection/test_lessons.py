@@ -53,7 +53,7 @@ def test_what_was_measured_too_large_is_refused_the_next_time() -> None:
     Weights that leave no room for a request: the refusal shows the measured sum.
     """
     before = placed()
-    lessons = taught(before, Measured(weights=int(before.memory.weights * 1.9)))
+    lessons = taught(before, Measured(weights=19 * GIB))
     answer = place_model(SPEC, make_machine(16), Overrides(), taught_on(lessons, "Card 16 GiB"))
 
     assert isinstance(answer, Refusal)
