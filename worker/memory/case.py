@@ -16,6 +16,7 @@ from worker.memory.constants import GIB, card_bytes, constants_for, is_large, se
 from worker.memory.estimate_vllm import VllmEstimate, VllmLoad, estimate_vllm
 from worker.memory.weigh import correct_weights
 
+_ANY_LENGTH = 8192  # tokens, where nobody says any
 _Count = Annotated[int, Field(gt=0, le=2**31)]
 _Gib = Annotated[float, Field(gt=0, le=2**20)]
 
@@ -103,7 +104,8 @@ def judge_vllm(case: Case, *, architecture: Architecture | None = None, files: F
 
     share = case.gpu_memory_utilization or constants_for(case.vllm_version).utilization
     pool = int(case.kv_pool_gib * GIB) if case.kv_pool_gib else None
-    if pool is None and total is not None and weights is not None:
+    sized = bool(built.hidden_size and built.vocab_size)
+    if pool is None and total is not None and weights is not None and sized and built.layers:
         pool = int(total * share) - weights - estimate.reserved
     held = _Held.of(estimate, pool, load.max_model_len)
     answer = Answer(
@@ -111,7 +113,7 @@ def judge_vllm(case: Case, *, architecture: Architecture | None = None, files: F
         engine="vllm",
         weights_bytes=weights,
         kv_bytes_per_token=estimate.kv_per_token,
-        activation_bytes=estimate.activation if built.vocab_size else None,
+        activation_bytes=estimate.activation if sized else None,
         cuda_graph_bytes=estimate.cuda_graphs if built.layers else None,
         non_torch_bytes=estimate.non_torch,
         cuda_context_bytes=estimate.cuda_context,
@@ -124,7 +126,7 @@ def judge_vllm(case: Case, *, architecture: Architecture | None = None, files: F
         sources=_sources(built, case, files, total),
     )
     budget = "" if total is None else f"{_gib(total)} x {share:g}"
-    return answer.model_copy(update={"reason": _reason(answer, built, estimate, budget=budget, pool=pool)})
+    return answer.model_copy(update={"reason": _reason(answer, case, built, estimate, budget=budget, pool=pool)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ class _Held:
 
 
 def _load(case: Case, architecture: Architecture, total: int | None) -> VllmLoad:
-    length = case.max_model_len or architecture.max_position_embeddings or 8192
+    length = case.max_model_len or architecture.max_position_embeddings or _ANY_LENGTH
     large = is_large(total, case.gpu)
     defaults = server_defaults(large=large)
     batched = case.max_num_batched_tokens
@@ -173,24 +175,32 @@ def _load(case: Case, architecture: Architecture, total: int | None) -> VllmLoad
     )
 
 
-def _reason(answer: Answer, built: Architecture, estimate: VllmEstimate, *, budget: str, pool: int | None) -> str:
+def _reason(
+    answer: Answer, case: Case, built: Architecture, estimate: VllmEstimate, *, budget: str, pool: int | None
+) -> str:
     """Show the arithmetic, or say what is missing for it; then what was assumed."""
     parts: list[str] = []
+    unsized = [name for name in ("hidden_size", "vocab_size") if not getattr(built, name)]
     if answer.weights_bytes is None:
-        parts.append(f"unknown: {', '.join(built.unknown_weights)}")
-    elif answer.fits is None and estimate.kv_per_token is None:
-        parts.append(f"what its layers keep is unknown: {', '.join(built.unknown_cache)}")
+        parts.append(f"unknown: {', '.join((*built.unknown_weights, *estimate.unknown))}")
+    elif estimate.kv_per_token is None:
+        parts.append(f"what its layers keep is unknown: {', '.join((*built.unknown_cache, *estimate.unknown))}")
+    elif pool is None and budget:
+        parts.append(f"what it computes in is unknown: {', '.join(unsized)}")
     elif pool is None:
         parts.append("the card's memory is not known: give gpu_memory_gib")
-    elif budget:
+    if pool is not None and answer.weights_bytes is not None and budget:
         parts.append(
             f"{budget} - {_gib(answer.weights_bytes)} weights - {_gib(estimate.reserved)} activation, graphs and CUDA "
             f"leaves {_gib(pool)} for KV"
         )
     if estimate.cache is not None:
         parts.append(f"one request of {answer.max_model_len} tokens takes {_gib(estimate.cache.request_bytes)}")
-    if built.assumed:
-        parts.append(f"assumed: {', '.join(built.assumed)}")
+    assumed = list(built.assumed)
+    if case.max_model_len is None and built.max_position_embeddings is None:
+        assumed.append(f"a length of {_ANY_LENGTH} tokens")
+    if assumed:
+        parts.append(f"assumed: {', '.join(assumed)}")
     return "; ".join(parts) or "computed"
 
 

@@ -143,7 +143,7 @@ def _one_card_bytes(name: str) -> int | None:
     known = next((card.total_bytes for card in CARDS if re.search(card.pattern, name)), None)
     if known is not None:
         return known
-    exact, size = re.search(r"(\d+) ?mib", name), re.search(r"(\d+) ?gi?b", name)
+    exact, size = re.search(r"([1-9]\d{0,8}) ?mib", name), re.search(r"([1-9]\d{0,5}) ?gi?b", name)
     boxed = int(exact[1]) * 2**20 if exact else int(size[1]) * GIB if size else None
     return None if boxed is None else int(boxed * _OFFERED_SHARE)
 

@@ -20,6 +20,13 @@ from worker.memory.constants import (
 )
 from worker.memory.weigh import Weights, weigh_model
 
+# Bytes of the types that vLLM takes for weights (config/model.py), bits of those for the cache (config/cache.py).
+_TYPE_BYTES = {"half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4}
+_CACHE_BITS = {
+    "float16": 16, "bfloat16": 16, "fp8": 8, "fp8_e4m3": 8, "fp8_e5m2": 8, "fp8_inc": 8, "fp8_ds_mla": 8,
+    "int8_per_token_head": 8, "fp8_per_token_head": 8, "nvfp4": 4, "nvfp4_ds_mla": 4, "nvfp4_4over6": 4,
+    "int4_per_token_head": 4,
+}  # fmt: skip
 _LARGEST_CAPTURE = 512  # sequences; vLLM's largest captured batch (config/vllm.py)
 
 
@@ -44,9 +51,10 @@ class VllmEstimate:
     """
     Bytes on each card.
 
-    `weights`          None if the config does not say enough.
+    `weights`          None if the config does not say enough, or nobody knows the type.
     `cache`            how the KV cache is laid out; None if unknown, or if the model keeps nothing.
     `kv_per_token`     of all layers that keep every token; None if unknown.
+    `unknown`          settings of the load that mean nothing.
     `activation`       what profiling finds above the weights: the sampler's warm-up, or the forward pass.
     `cuda_graphs`      captured after the pool was sized; newer versions leave room for it.
     `non_torch`        CUDA and NCCL within the profile.
@@ -62,6 +70,7 @@ class VllmEstimate:
     cuda_context: int
     graphs_in_budget: bool
     tokens_from_concurrency: bool
+    unknown: tuple[str, ...] = ()
 
     @property
     def reserved(self) -> int:
@@ -72,25 +81,21 @@ class VllmEstimate:
 def estimate_vllm(architecture: Architecture, load: VllmLoad) -> VllmEstimate:
     """Estimate what *architecture* takes under *load*; what its config does not say is None."""
     constants = constants_for(load.version)
-    dtype_bytes = {"float32": 4, "float": 4}.get(load.dtype or "", 2) if load.dtype else None
-    element_bits = _element_bits(architecture, load, dtype_bytes)
-    known = not architecture.unknown_cache
-    return VllmEstimate(
-        weights=None
-        if architecture.unknown_weights
-        else weigh_model(
+    dtype_bytes, element_bits = _dtype_bytes(architecture, load), _element_bits(architecture, load)
+    weights = kv_per_token = cache = None
+    if not architecture.unknown_weights and dtype_bytes is not None:
+        weights = weigh_model(
             architecture,
             tensor_parallel_size=load.tensor_parallel_size,
             pipeline_parallel_size=load.pipeline_parallel_size,
             dtype_bytes=dtype_bytes,
-        ),
-        kv_per_token=-(
-            -kv_bytes_per_token(architecture, element_bits=element_bits, tensor_parallel_size=load.tensor_parallel_size)
-            // load.pipeline_parallel_size
         )
-        if known
-        else None,
-        cache=shape_cache(
+    if not architecture.unknown_cache and element_bits is not None:
+        whole = kv_bytes_per_token(
+            architecture, element_bits=element_bits, tensor_parallel_size=load.tensor_parallel_size
+        )
+        kv_per_token = -(-whole // load.pipeline_parallel_size)
+        cache = shape_cache(
             architecture,
             max_model_len=load.max_model_len,
             max_num_batched_tokens=load.max_num_batched_tokens,
@@ -99,14 +104,20 @@ def estimate_vllm(architecture: Architecture, load: VllmLoad) -> VllmEstimate:
             pipeline_parallel_size=load.pipeline_parallel_size,
             batches_in_flight=constants.batches_in_flight,
         )
-        if known
-        else None,
+    return VllmEstimate(
+        weights=weights,
+        kv_per_token=kv_per_token,
+        cache=cache,
         activation=_activation(architecture, load, constants, dtype_bytes or architecture.dtype_bytes),
         cuda_graphs=0 if load.enforce_eager else _graphs(architecture.layers // load.pipeline_parallel_size, load),
         non_torch=_non_torch(load, constants),
         cuda_context=CUDA_CONTEXT_BYTES,
         graphs_in_budget=constants.graphs_in_budget,
         tokens_from_concurrency=constants.tokens_from_concurrency,
+        unknown=(
+            *((f"dtype {load.dtype}",) if dtype_bytes is None else ()),
+            *((f"kv_cache_dtype {load.kv_cache_dtype}",) if dtype_bytes is not None and element_bits is None else ()),
+        ),
     )
 
 
@@ -116,16 +127,20 @@ def _non_torch(load: VllmLoad, constants: VllmConstants) -> int:
     return constants.non_torch_parallel if load.large_card else min(NON_TORCH_NCCL, constants.non_torch_parallel)
 
 
-def _element_bits(architecture: Architecture, load: VllmLoad, dtype_bytes: int | None) -> int:
+def _dtype_bytes(architecture: Architecture, load: VllmLoad) -> int | None:
+    """Bytes of one number that is not packed; None if nobody knows the type."""
+    asked = (load.dtype or "auto").lower().removeprefix("torch.")
+    return architecture.dtype_bytes if asked == "auto" else _TYPE_BYTES.get(asked)
+
+
+def _element_bits(architecture: Architecture, load: VllmLoad) -> int | None:
     """Bits of one number in the cache: as asked, as the checkpoint brings scales for, or as the weights."""
-    if load.kv_cache_dtype.startswith(("fp8", "int8")):
-        return 8
-    if load.kv_cache_dtype.startswith(("nvfp4", "int4")):
-        return 4
-    if load.kv_cache_dtype == "auto":
-        packed = architecture.quantization.kv_cache_bits if architecture.quantization else None
-        return packed or 8 * (dtype_bytes or architecture.dtype_bytes)
-    return 32 if load.kv_cache_dtype.startswith("float32") else 16
+    asked = load.kv_cache_dtype.lower().removeprefix("torch.")
+    if asked != "auto":
+        return _CACHE_BITS.get(asked)
+    packed = architecture.quantization.kv_cache_bits if architecture.quantization else None
+    plain = _dtype_bytes(architecture, load)
+    return packed or (None if plain is None else 8 * plain)
 
 
 def _activation(architecture: Architecture, load: VllmLoad, constants: VllmConstants, dtype_bytes: int) -> int:
