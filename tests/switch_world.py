@@ -16,6 +16,7 @@ from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.base import Call, Completion, Loaded, StopSignal
 from worker.engines.stub import StubEngine
 from worker.hardware.gpu import Machine
+from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.switcher import Switcher, SwitchLimits
@@ -37,14 +38,17 @@ class TellingEngine(StubEngine):
         self.stop_errors: list[Exception] = []  # and stops
         self.on_load: Callable[[], object] = lambda: None
         self.canary: Callable[[Completion], Completion] = lambda completion: completion
+        self.loaded: Callable[[Loaded], Loaded] = lambda loaded: loaded
+        self.placements: list[Placement] = []  # of the loads, also of those that failed
         self.calls: list[Call] = []
 
     def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
         self._deeds.append(f"load {placement.model_id}")
+        self.placements.append(placement)
         if self.load_errors:
             raise self.load_errors.pop(0)
         self.on_load()
-        return super().ensure_ready(placement, timeout_s=timeout_s)
+        return self.loaded(super().ensure_ready(placement, timeout_s=timeout_s))
 
     def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
         self._deeds.append(f"stop {model_id}")
@@ -74,6 +78,7 @@ class World:
     on_fetch: Callable[[], object] = lambda: None
     on_look: Callable[[], object] = lambda: None  # at the machine
     tell: Callable[[SwitchRecord], object] = lambda _record: None
+    keep: Callable[[Measured], object] = lambda _measured: None
     capacity: int = 24 * GIB
     max_residents: int = 1
     epoch: int = 0
@@ -85,12 +90,13 @@ class World:
         self.switcher = Switcher(
             board=self.board,
             placements=self.placements,
-            engines={EngineKind.STUB: self.engine},
+            engines=dict.fromkeys(EngineKind, self.engine),
             machine=self,
             limits=self.limits,
             fetch=self._fetch,
             hand_back=self._hand_back,
             record=self._record,
+            measured=self._measured,
             epoch=self.epoch,
             pause=lambda seconds: self.deeds.append(f"pause {seconds:g}"),
         )
@@ -106,6 +112,9 @@ class World:
     def _record(self, record: SwitchRecord) -> None:
         self.tell(record)
         self.records.append(record)
+
+    def _measured(self, _placement: Placement, measured: Measured) -> None:
+        self.keep(measured)
 
     def _hand_back(self, model_id: str) -> None:
         self.deeds.append(f"hand back {model_id}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from tests.factories import make_placement, make_spec
 from tests.models import make_tiny_hf
 from tests.vllm_here import vllm_python
 from tests.waiting import eventually
+from worker.catalog.local import read_facts
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.demo.tiny_models import make_tiny_gguf
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.stub import StubEngine
 from worker.engines.vllm_server import VllmServerEngine
+from worker.memory.estimate_llamacpp import LlamaCppEstimate, LlamaCppOptions, estimate_llamacpp
+from worker.selection.fit_llamacpp import gguf_model
 from worker.selection.placement import Placement
 
 LENGTH = 32768  # tokens; long enough that a request runs for a minute on a tiny model, however quick the machine
@@ -179,6 +182,20 @@ def test_ready_twice_starts_once(kit: Kit) -> None:
     assert again.seconds == 0
 
 
+def test_a_load_says_what_memory_it_took(kit: Kit) -> None:
+    """What the process tree holds; and vLLM itself, how many tokens of 1 KiB (2 layers, 4 heads of 32) its pool has."""
+    loaded = kit.engine.ensure_ready(kit.placement, timeout_s=START_S)
+
+    if kit.engine.kind is EngineKind.STUB:
+        assert loaded.rss_bytes is None
+        return
+    assert loaded.rss_bytes is not None
+    resident = sum(psutil.Process(pid).memory_info().rss for pid in loaded.pids)
+    assert resident / 2 < loaded.rss_bytes <= resident + 64 * 2**20
+    if kit.engine.kind is EngineKind.VLLM:
+        assert loaded.measured.kv_tokens == kit.placement.kv_cache_bytes // 1024
+
+
 @pytest.mark.parametrize(
     "body",
     [{"messages": "no"}, {}, {"messages": [{"role": "user", "content": "x"}], "max_tokens": "many"}],
@@ -295,6 +312,37 @@ def test_a_broken_gguf_file_fails_to_load_with_the_reason(tmp_path: Path) -> Non
 
     assert engine.state("broken") is EngineState.STOPPED
     engine.close()
+
+
+def test_a_cache_of_8_bits_is_about_half_as_large(tmp_path: Path) -> None:
+    """What a smaller plan counts on: llama.cpp's q8_0 takes 34 bytes for 32 numbers, where f16 takes 64."""
+    path = make_tiny_gguf(tmp_path / "tiny.gguf", head_dim=32, context=LENGTH)
+    spec = make_spec("tiny", path=path, repo=None, file=None)
+    engine = LlamaCppEngine(run_dir=tmp_path / "run", files_of=files_of, server=find_server(LlamaCppSettings()))
+
+    def resident(kv_cache_dtype: str | None) -> int:
+        placement = make_placement(
+            "tiny", spec=spec, max_model_len=LENGTH, max_num_seqs=SLOTS, kv_cache_dtype=kv_cache_dtype
+        )
+        loaded = engine.ensure_ready(placement, timeout_s=30)
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        call = Call(path="/v1/chat/completions", body=body, timeout_s=30)
+        assert engine.generate("tiny", call, StopSignal()).completion_tokens
+        engine.ensure_stopped("tiny", timeout_s=20)
+        assert loaded.rss_bytes is not None
+        return loaded.rss_bytes
+
+    model = gguf_model(read_facts(spec))
+    options = LlamaCppOptions(max_model_len=LENGTH, slots=SLOTS)
+    in_16, in_8 = (
+        estimate_llamacpp(model, replace(options, key_type=name, value_type=name), n_gpu_layers=None)
+        for name in ("F16", "Q8_0")
+    )
+    assert isinstance(in_16, LlamaCppEstimate)
+    assert isinstance(in_8, LlamaCppEstimate)
+    saved = resident(None) - resident("q8_0")
+    engine.close()
+    assert saved == pytest.approx(in_16.kv_host - in_8.kv_host, rel=0.1)
 
 
 @pytest.mark.vllm

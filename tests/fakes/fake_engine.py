@@ -25,6 +25,11 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if options.spawn_child:
         subprocess.Popen([sys.executable, "-I", "-S", "-c", STUBBORN])
+    if options.killed_on_load:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if options.out_of_memory:
+        print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", flush=True)
+        sys.exit(1)
     if options.die_on_load:
         print("ValueError: the weights are not here", flush=True)
         sys.exit(3)
@@ -79,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", required=True)
     parser.add_argument("--load-seconds", type=float, default=0.0)
-    for flag in ("hang-on-load", "die-on-load", "ignore-sigterm", "wrong-answer", "fail", "spawn-child"):
+    loads = ("hang-on-load", "die-on-load", "out-of-memory", "killed-on-load")
+    for flag in (*loads, "ignore-sigterm", "wrong-answer", "fail", "spawn-child"):
         parser.add_argument(f"--{flag}", action="store_true")
     return parser
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from common.errors import EngineDied, EngineFailed, EngineTimeout, LoadFailed, ModelMissing
+from common.errors import EngineDied, EngineFailed, EngineTimeout, LoadFailed, ModelMissing, OutOfMemory
 from tests.factories import make_placement
 from tests.waiting import eventually
 from worker.catalog.spec import EngineKind, ModelSpec
@@ -123,6 +123,27 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_leaves_nothing(make: Make, t
 
     assert engine.state("small") is EngineState.STOPPED
     assert processes_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--out-of-memory", r"exit code 1\).*CUDA out of memory"),
+        ("--killed-on-load", r"exit code 137\).*perhaps by the"),
+    ],
+)
+def test_a_load_without_enough_memory_says_so(make: Make, flag: str, says: str) -> None:
+    """By a class of its own, so that a smaller plan may be tried; the kernel's kill counts as "perhaps"."""
+    with pytest.raises(OutOfMemory, match=says):
+        make(flag).ensure_ready(make_placement(), timeout_s=20)
+
+
+def test_another_failure_is_no_want_of_memory(make: Make) -> None:
+    """A smaller plan would not help."""
+    with pytest.raises(LoadFailed, match="the weights are not here") as failure:
+        make("--die-on-load").ensure_ready(make_placement(), timeout_s=20)
+
+    assert not isinstance(failure.value, OutOfMemory)
 
 
 def test_a_load_that_hangs_can_be_stopped(make: Make, pool: ThreadPoolExecutor) -> None:

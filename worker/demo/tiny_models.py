@@ -21,11 +21,12 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% 
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-_HEAD_DIM = 16
 _UNSAID = -1e3  # weight that keeps a token from ever being the answer
 
 
-def make_tiny_gguf(path: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, context: int = 4096) -> Path:
+def make_tiny_gguf(
+    path: Path, *, hidden: int = 64, head_dim: int = 16, layers: int = 2, seed: int = 0, context: int = 4096
+) -> Path:
     """
     Write a Llama of random weights to *path*; equal arguments give an equal file.
 
@@ -42,9 +43,9 @@ def make_tiny_gguf(path: Path, *, hidden: int = 64, layers: int = 2, seed: int =
     writer.add_embedding_length(hidden)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(2 * hidden)
-    writer.add_head_count(hidden // _HEAD_DIM)
-    writer.add_head_count_kv(hidden // _HEAD_DIM)
-    writer.add_rope_dimension_count(_HEAD_DIM)
+    writer.add_head_count(hidden // head_dim)
+    writer.add_head_count_kv(hidden // head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_vocab_size(len(tokens))

@@ -33,13 +33,23 @@ class EngineState(StrEnum):
     DEAD = "dead"  # it was ready, and its process ended by itself
 
 
+OnChunk = Callable[[Mapping[str, Any]], object]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One request for an engine."""
+    """
+    One request for an engine.
+
+    With *on_chunk* the body says `stream: true`, and every chunk of the answer is given to it as it comes, in
+    OpenAI's form and in order, from whatever thread the engine reads on: it must not block, and must not change
+    the chunk. No chunk comes after `generate` has returned or raised.
+    """
 
     path: str  # OpenAI's path, e.g. /v1/chat/completions
     body: Mapping[str, Any]  # OpenAI's body, the model already resolved
     timeout_s: float
+    on_chunk: OnChunk | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +159,8 @@ class Engine(Protocol):
     def generate(self, model_id: str, call: Call, stop: StopSignal) -> Completion:
         """
         Answer one request; called from many threads at once.
+
+        The completion is whole, also if `call.on_chunk` has had each piece of it.
 
         Raises
         ------

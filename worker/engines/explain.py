@@ -47,7 +47,9 @@ def explain_failure(log: str) -> str:
     raised = [i for i, line in enumerate(lines) if _RAISED.match(line) and not any(g in line for g in _GENERIC)]
     if raised:
         start = raised[-1]
-        details = [line for line in lines[start + 1 : start + 1 + DETAIL_LINES] if line.startswith(" ")]
+        following = lines[start + 1 : start + 1 + DETAIL_LINES]
+        # No line of a traceback: those are another process's, printed in between.
+        details = [line for line in following if line.startswith(" ") and not line.lstrip().startswith("File ")]
         return _joined([lines[start], *details])
 
     # (2) A complaint.

@@ -8,7 +8,7 @@ import asyncio
 import json
 import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +36,14 @@ class Answer:
 
     status: int
     content: bytes
+    streamed: bool = False  # it came as events, and each was given to `on_event`
+
+
+_LAST_EVENT = b"[DONE]"
 
 
 class _Spread(httpx.AsyncBaseTransport):
-    """Several small pools of connections to one socket; a request goes to the one with the fewest."""
+    """Several small pools of connections to one socket; a request goes to the one with the fewest answers to read."""
 
     def __init__(self, socket: Path) -> None:
         size = MAX_CONNECTIONS // POOLS
@@ -52,13 +56,37 @@ class _Spread(httpx.AsyncBaseTransport):
         chosen = self._busy.index(min(self._busy))
         self._busy[chosen] += 1
         try:
-            return await self._pools[chosen].handle_async_request(request)
-        finally:
-            self._busy[chosen] -= 1
+            response = await self._pools[chosen].handle_async_request(request)
+        except BaseException:
+            self._free(chosen)
+            raise
+        response.stream = _Body(response.stream, on_close=lambda: self._free(chosen))
+        return response
 
     async def aclose(self) -> None:
         for pool in self._pools:
             await pool.aclose()
+
+    def _free(self, chosen: int) -> None:
+        self._busy[chosen] -= 1
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of an answer; tells when it is closed, which with a stream is long after its first byte."""
+
+    def __init__(self, body: httpx.SyncByteStream | httpx.AsyncByteStream, *, on_close: Callable[[], object]) -> None:
+        assert isinstance(body, httpx.AsyncByteStream)  # noqa: S101 - it is of an async transport
+        self._body = body
+        self._on_close = on_close
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._body.__aiter__()
+
+    async def aclose(self) -> None:
+        try:
+            await self._body.aclose()
+        finally:
+            self._on_close()
 
 
 class EngineHttp:
@@ -75,9 +103,21 @@ class EngineHttp:
         self._thread = threading.Thread(target=self._run, name="engine-http", daemon=True)
         self._thread.start()
 
-    def post(self, socket: Path, path: str, body: Mapping[str, Any], *, timeout_s: float, stop: StopSignal) -> Answer:
+    def post(
+        self,
+        socket: Path,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        stop: StopSignal,
+        on_event: Callable[[bytes], object] | None = None,
+    ) -> Answer:
         """
         Send *body* and wait for the whole answer; called from many threads at once.
+
+        An answer that is a stream of server-sent events is given to *on_event*, the data of each as it comes, in
+        the thread that reads for every call: it must not block. What it raises ends the call.
 
         Raises
         ------
@@ -89,7 +129,7 @@ class EngineHttp:
             *stop* was set first.
         """
         content = json.dumps(body).encode()
-        call = asyncio.run_coroutine_threadsafe(self._post(socket, path, content, timeout_s), self._loop)
+        call = asyncio.run_coroutine_threadsafe(self._post(socket, path, content, timeout_s, on_event), self._loop)
         stop.on_stop(call.cancel)
         try:
             return call.result()
@@ -121,18 +161,29 @@ class EngineHttp:
         self._loop.run_forever()
         self._loop.close()
 
-    async def _post(self, socket: Path, path: str, content: bytes, timeout_s: float) -> Answer:
+    async def _post(
+        self, socket: Path, path: str, content: bytes, timeout_s: float, on_event: Callable[[bytes], object] | None
+    ) -> Answer:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine that runs on a loop is a task
         self._calls.add(task)
+        headers = {"Content-Type": "application/json"}
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._client(socket).post(
-                    path, content=content, headers={"Content-Type": "application/json"}
-                )
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client(socket).stream("POST", path, content=content, headers=headers) as response,
+            ):
+                if on_event is None or not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                    return Answer(status=response.status_code, content=await response.aread())
+                last = b""
+                async for last in _events(response):
+                    if last != _LAST_EVENT:
+                        on_event(last)
         finally:
             self._calls.discard(task)
-        return Answer(status=response.status_code, content=response.content)
+        if last != _LAST_EVENT:
+            raise EngineDied("The engine's stream ended in the middle of the answer.")
+        return Answer(status=response.status_code, content=b"", streamed=True)
 
     def _client(self, socket: Path) -> httpx.AsyncClient:
         if socket not in self._clients:
@@ -155,3 +206,17 @@ class EngineHttp:
         await asyncio.gather(*calls, return_exceptions=True)
         for socket in list(self._clients):
             await self._forget(socket)
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
+    """
+    Give the data of each server-sent event; OpenAI's are one line each.
+
+    httpx's own lines also end at U+2028 and the like, which JSON may hold as they are.
+    """
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip()

@@ -1,5 +1,5 @@
 """
-What does an engine's HTTP answer mean? A completion, a body it refuses, or a failure of its own.
+What does an engine's HTTP answer, or a chunk of it, mean? A completion, a body it refuses, or a failure of its own.
 """
 
 from __future__ import annotations
@@ -8,7 +8,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import EngineDied, EngineFailed, EngineNotReady, InvalidRequest, PromptTooLong
+from common.errors import (
+    EngineDied,
+    EngineFailed,
+    EngineNotReady,
+    InvalidRequest,
+    PromptTooLong,
+    ShiftworkerError,
+)
 from worker.engines.base import Completion
 
 _NOT_IMPLEMENTED = 501  # llama.cpp's word for "this model was not started for that"
@@ -20,7 +27,7 @@ _QUOTED_CHARS = 500  # of the engine's own words
 
 def interpret(*, status: int, content: bytes, run_s: float) -> Completion:
     """
-    Read one answer; *run_s* is how long it took, in seconds.
+    Read one whole answer; *run_s* is how long it took, in seconds.
 
     Raises
     ------
@@ -29,43 +36,73 @@ def interpret(*, status: int, content: bytes, run_s: float) -> Completion:
     EngineNotReady
         429 and 503: the engine is loading, or its queue is full.
     EngineDied
-        200 with a part of an answer: vLLM gives what it has, as if it were whole, when it is told to end
-        (vllm/v1/engine/core.py; finish_reason "abort").
+        As `completion_of`.
     EngineFailed
         Any other status, or an answer that is no JSON object.
     """
     body = _object(content)
     if status == 200 and body is not None:  # noqa: PLR2004 - HTTP's own names are less readable
-        if _aborted(body):
-            raise EngineDied("The engine was ended in the middle of its answer.")
-        return _completion(body, run_s)
-
-    error = body.get("error") if body is not None else None
-    details: Mapping[str, Any] = error if isinstance(error, dict) else {}
-    said = str(details.get("message") or content.decode(errors="replace"))[:_QUOTED_CHARS].strip().rstrip(".") + "."
-    if status in _BUSY:
-        raise EngineNotReady(f"The engine takes no requests now (HTTP {status}): {said}")
-    if details.get("type") == _TOO_LONG_TYPE or any(text in said for text in _TOO_LONG_TEXT):
-        raise PromptTooLong(
-            f"The prompt and its answer do not fit into the model's context: {said} "
-            "Shorten the prompt, lower max_tokens, or name a model with a longer context."
-        )
-    if 400 <= status < 500 or status == _NOT_IMPLEMENTED:  # noqa: PLR2004
-        raise InvalidRequest(f"The engine refused the body (HTTP {status}): {said} Correct the body and send it again.")
-    raise EngineFailed(f"The engine failed with HTTP {status}: {said} Its log says more.")
+        return completion_of(body, run_s=run_s)
+    raise _error(status, body, content)
 
 
-def _completion(body: Mapping[str, Any], run_s: float) -> Completion:
-    usage = _part(body, "usage")
-    timings = _part(body, "timings")  # llama.cpp adds them
+def read_chunk(content: bytes) -> dict[str, Any]:
+    """
+    Read one chunk of a stream.
+
+    Raises
+    ------
+    PromptTooLong, InvalidRequest, EngineNotReady, EngineFailed
+        As `interpret`: the status was 200 before the engine knew of its error, so that the error came as a chunk.
+    """
+    body = _object(content)
+    choices = body.get("choices") if body is not None else None
+    if body is not None and isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        return body
+    code = _part(body or {}, "error").get("code")
+    raise _error(code if isinstance(code, int) else 200, body, content)
+
+
+def completion_of(response: Mapping[str, Any], *, run_s: float) -> Completion:
+    """
+    Take what was measured from OpenAI's *response*.
+
+    Raises
+    ------
+    EngineDied
+        It is a part of an answer: vLLM gives what it has, as if it were whole, when it is told to end
+        (vllm/v1/engine/core.py; finish_reason "abort").
+    """
+    if _aborted(response):
+        raise EngineDied("The engine was ended in the middle of its answer.")
+    usage = _part(response, "usage")
+    timings = _part(response, "timings")  # llama.cpp adds them
     return Completion(
-        response=body,
+        response=response,
         run_s=run_s,
         prefill_s=_seconds(timings.get("prompt_ms")),
         decode_s=_seconds(timings.get("predicted_ms")),
         prompt_tokens=usage.get("prompt_tokens"),
         completion_tokens=usage.get("completion_tokens"),
     )
+
+
+def _error(status: int, body: Mapping[str, Any] | None, content: bytes) -> ShiftworkerError:
+    """What an answer that is no completion says of the body or of the engine."""
+    details = _part(body or {}, "error")
+    said = str(details.get("message") or content.decode(errors="replace"))[:_QUOTED_CHARS].strip().rstrip(".") + "."
+    if status in _BUSY:
+        return EngineNotReady(f"The engine takes no requests now (HTTP {status}): {said}")
+    if details.get("type") == _TOO_LONG_TYPE or any(text in said for text in _TOO_LONG_TEXT):
+        return PromptTooLong(
+            f"The prompt and its answer do not fit into the model's context: {said} "
+            "Shorten the prompt, lower max_tokens, or name a model with a longer context."
+        )
+    if 400 <= status < 500 or status == _NOT_IMPLEMENTED:  # noqa: PLR2004
+        return InvalidRequest(
+            f"The engine refused the body (HTTP {status}): {said} Correct the body and send it again."
+        )
+    return EngineFailed(f"The engine failed with HTTP {status}: {said} Its log says more.")
 
 
 def _aborted(body: Mapping[str, Any]) -> bool:

@@ -11,13 +11,13 @@ from worker.hardware.gpu import Machine
 from worker.memory.measured import Measured
 
 _GIB = 2**30
-_SIZE = r"(?<![\d.-])([\d.]+) GiB"  # no negative one: memory that something else gave back meanwhile
+_SIZE = r"(?<![\d.-])(\d+(?:\.\d+)?) GiB"  # no negative one: memory that something else gave back meanwhile
 
 # vLLM 0.19 to 0.32 (v1/worker/gpu_model_runner.py, gpu/model_runner.py, gpu_worker.py, v1/core/kv_cache_utils.py).
 _WEIGHTS = re.compile(rf"Model loading took {_SIZE}")
 _POOL = re.compile(rf"Available KV cache memory: {_SIZE}|reserved {_SIZE} memory for KV Cache")
-_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
-_CONCURRENCY = re.compile(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
+_TOKENS = re.compile(r"KV cache size: (\d[\d,]*) tokens")
+_CONCURRENCY = re.compile(r"Maximum concurrency for (\d[\d,]*) tokens per request: (\d+\.\d+)x")
 _GRAPHS = re.compile(rf"Graph capturing finished in [\d.]+ secs, took {_SIZE}|CUDA graph pool memory: {_SIZE}")
 _ACTIVATION = re.compile(rf"{_SIZE} for peak activation")
 _NON_TORCH = re.compile(rf"{_SIZE} for non-torch memory")  # to 0.24
@@ -70,7 +70,7 @@ def _tokens(log: str) -> int | None:
     if concurrency is None:
         return tokens
     length = _number(concurrency[1])
-    worth = int(length * _decimal(concurrency[2]))
+    worth = int(length * float(concurrency[2]))
     # The concurrency has two decimals, so the number is the better one where both say the same.
     return tokens if tokens is not None and abs(tokens - worth) <= length // 100 else worth
 
@@ -78,15 +78,8 @@ def _tokens(log: str) -> int | None:
 def _largest(pattern: re.Pattern[str], log: str) -> int | None:
     """The largest size that *pattern* finds, in bytes."""
     sizes = (size for found in pattern.findall(log) for size in ((found,) if isinstance(found, str) else found))
-    return max((int(_decimal(size) * _GIB) for size in sizes if size), default=None)
+    return max((int(float(size) * _GIB) for size in sizes if size), default=None)
 
 
 def _number(digits: str) -> int:
-    return int(digits.replace(",", "") or 0)
-
-
-def _decimal(digits: str) -> float:
-    try:
-        return float(digits)
-    except ValueError:  # "1.2.3"
-        return 0.0
+    return int(digits.replace(",", ""))

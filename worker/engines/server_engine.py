@@ -9,15 +9,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.errors import EngineDied, EngineFailed, EngineNotReady, EngineTimeout
 from worker.catalog.spec import EngineKind, ModelSpec
+from worker.engines.assemble import complete, join
 from worker.engines.base import Call, Completion, EngineState, Loaded, StopSignal
 from worker.engines.http import EngineHttp
-from worker.engines.interpret import interpret
+from worker.engines.interpret import completion_of, interpret, read_chunk
 from worker.engines.process import EngineProcess, Launch
 from worker.memory.measured import Measured
 from worker.selection.placement import Placement
@@ -66,7 +66,7 @@ class ServerEngine(ABC):
         with self._lock(model_id, timeout_s):
             process = self._processes.get(model_id)
             if process is not None and process.ready and process.alive:
-                return _loaded(process, seconds=0.0)
+                return self._loaded(process, seconds=0.0)
             self._end(model_id, timeout_s=END_S)
 
             files = self._files_of(placement.spec)
@@ -79,8 +79,7 @@ class ServerEngine(ABC):
             except BaseException:
                 self._end(model_id, timeout_s=END_S)
                 raise
-            loaded = _loaded(process, seconds=time.monotonic() - began)
-            return replace(loaded, measured=self.read_log(process.head()))
+            return self._loaded(process, seconds=time.monotonic() - began)
 
     def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
         """End the model's process tree; see `Engine`."""
@@ -105,9 +104,22 @@ class ServerEngine(ABC):
         if process is None or self.state(model_id) is not EngineState.READY:
             raise EngineNotReady(f"{model_id} is {self.state(model_id)} on this worker; the job waits for its turn.")
         began = time.monotonic()
+        whole: dict[str, Any] = {}
+
+        def take(event: bytes) -> None:
+            chunk = read_chunk(event)
+            join(whole, chunk)
+            if call.on_chunk is not None:
+                call.on_chunk(chunk)
+
         try:
-            answer = self._http.post(process.socket, call.path, call.body, timeout_s=call.timeout_s, stop=stop)
-            return interpret(status=answer.status, content=answer.content, run_s=time.monotonic() - began)
+            answer = self._http.post(
+                process.socket, call.path, call.body, timeout_s=call.timeout_s, stop=stop, on_event=take
+            )
+            run_s = time.monotonic() - began
+            if answer.streamed:
+                return completion_of(complete(whole), run_s=run_s)
+            return interpret(status=answer.status, content=answer.content, run_s=run_s)
         except (EngineDied, EngineFailed) as error:
             if process.wait_deaf(DEATH_NOTICE_S):
                 raise EngineDied(
@@ -122,6 +134,15 @@ class ServerEngine(ABC):
         for model_id in list(self._processes):
             self.ensure_stopped(model_id, timeout_s=END_S)
         self._http.close()
+
+    def _loaded(self, process: EngineProcess, *, seconds: float) -> Loaded:
+        return Loaded(
+            seconds=seconds,
+            pids=process.pids(),
+            rss_bytes=process.rss_bytes(),
+            measured=self.read_log(process.head()),
+            details={"log": str(process.log)},
+        )
 
     def _end(self, model_id: str, *, timeout_s: float) -> None:
         if process := self._processes.get(model_id):
@@ -138,9 +159,3 @@ class ServerEngine(ABC):
             yield
         finally:
             lock.release()
-
-
-def _loaded(process: EngineProcess, *, seconds: float) -> Loaded:
-    return Loaded(
-        seconds=seconds, pids=process.pids(), rss_bytes=process.rss_bytes(), details={"log": str(process.log)}
-    )

@@ -224,6 +224,7 @@ class _Run:
         self._attempts_before = 0  # of the larger plans
         self._ran_short: list[str] = []  # what became of the larger plans
         self._smaller: str | None = None  # what the plan gives up, if it is not the full one
+        self._shorter: int | None = None  # tokens, if the plan's length is one of the things
         self._epoch = 0
         ready = self._board.read().ready_models
         self._from = ready[0] if ready else None
@@ -339,6 +340,7 @@ class _Run:
             self._end_if_leaving()
             self._ran_short.append(error.message)
             self._placement, self._smaller = plan, f"smaller than planned: {what_changed(full, plan)}"
+            self._shorter = plan.max_model_len if plan.max_model_len < full.max_model_len else None
             self._attempts_before = self._attempts
             logger.warning(
                 "residency.smaller_plan", model_id=plan.model_id, changed=self._smaller, reason=error.message
@@ -399,7 +401,7 @@ class _Run:
             bytes=placement.memory.total,
             since=time.time(),
             smaller=self._smaller,
-            max_model_len=placement.max_model_len if self._smaller else None,
+            max_model_len=self._shorter,
         )
         self._board.put(resident)
         engine = self._switcher._engine(model_id)

@@ -86,6 +86,14 @@ def test_llamacpp_gets_the_layers_of_the_placement(layers: int, flag: str) -> No
     assert value(llamacpp(n_gpu_layers=layers), "--n-gpu-layers") == flag
 
 
+def test_a_smaller_kv_cache_reaches_each_engine_in_its_own_words() -> None:
+    """Without one nothing is said: each engine's default is the model's own type."""
+    assert value(vllm(kv_cache_dtype="fp8"), "--kv-cache-dtype") == "fp8"
+    line = llamacpp(kv_cache_dtype="q8_0")
+    assert (value(line, "--cache-type-k"), value(line, "--cache-type-v")) == ("q8_0", "q8_0")
+    assert not [flag for flag in (*vllm(), *llamacpp()) if "cache-type" in flag or "kv-cache-dtype" in flag]
+
+
 def test_llamacpp_leaves_a_core_to_the_worker() -> None:
     """Its threads wait for each other, so one that has to share a core holds up all."""
     assert value(llamacpp(), "--threads") == "3"

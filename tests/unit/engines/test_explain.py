@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.engines.explain import MAX_CHARS, explain_failure
+from worker.engines.explain import KILLED, MAX_CHARS, explain_failure, ran_out_of_memory
 
 VLLM_KV = """\
 INFO 11-21 12:00:00 [importing.py:68] Triton not installed
@@ -69,3 +69,45 @@ def test_a_generic_line_is_better_than_none() -> None:
 def test_an_endless_line_is_cut() -> None:
     """A message stays readable whatever the engine prints."""
     assert len(explain_failure("ValueError: " + "x" * 100_000)) < MAX_CHARS + 20
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has 23.99 GiB",
+        "torch.cuda.OutOfMemoryError: CUDA out of memory.",
+        "RuntimeError: CUDA error: out of memory",
+        "ValueError: Free memory on device cuda:0 (3/24 GiB) on startup is less than desired GPU memory utilization",
+        "ValueError: Available memory on node 0 (3.2/24.0 GiB) on startup is less than desired CPU memory utilization",
+        "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+        "ValueError: To serve at least one request, (4.0 GiB KV cache is needed, which is larger than the available",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to",
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 5174 MiB on device: cudaMalloc failed: out of memory",
+        "ggml_gallocr_reserve_n_impl: failed to allocate CUDA1 buffer of size 54262464512",
+        "llama_model_load: error loading model: unable to allocate CUDA0 buffer",
+        "alloc_tensor_range: failed to allocate CPU buffer of size 4398046511104",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+    ],
+)
+def test_want_of_memory_is_known_by_the_words_of_each_engine(line: str) -> None:
+    """Wherever in the log it stands: what follows it are consequences."""
+    assert ran_out_of_memory(f"INFO loading\n0.00.004.504 E {line}\nINFO shutting down", 1)
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        *(log for log, _ in ROWS if log is not VLLM_KV),
+        "INFO If out-of-memory error occurs during cudagraph capture, consider decreasing `gpu_memory_utilization`",
+        "INFO GPU KV cache size: 80,544 tokens",
+    ],
+)
+def test_other_failures_are_no_want_of_memory(log: str) -> None:
+    """Nor is a hint of what could happen."""
+    assert not ran_out_of_memory(log, 1)
+    assert not ran_out_of_memory(log, None)
+
+
+def test_a_killed_engine_may_have_lacked_memory() -> None:
+    """The kernel leaves no word in the engine's own log."""
+    assert ran_out_of_memory("", KILLED)

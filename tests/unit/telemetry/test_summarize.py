@@ -125,3 +125,14 @@ def test_the_status_survives_json() -> None:
 
     assert HardwareStatus.model_validate_json(body) == status
     assert HardwareStatus.model_validate_json(f'{body[:-1]}, "newer": 1}}') == status
+
+
+def test_a_model_that_was_loaded_smaller_says_so_as_long_as_it_is() -> None:
+    """Beside the resident, with the length in force, and as an alert; one that is as planned says nothing."""
+    smaller = replace(READY.residents[0], smaller="smaller than planned: 2,048 tokens", max_model_len=2048)
+    status = look(replace(READY, residents=(smaller,)))
+
+    assert (status.residents[0].smaller, status.residents[0].max_model_len) == (smaller.smaller, 2048)
+    assert status.alerts == ("a had too little memory and is smaller than planned: 2,048 tokens",)
+    assert look(READY).alerts == ()
+    assert look(READY).residents[0].smaller is None
