@@ -43,7 +43,7 @@ class Call:
 
     With *on_chunk* the body says `stream: true`, and every chunk of the answer is given to it as it comes, in
     OpenAI's form and in order, from whatever thread the engine reads on: it must not block, and must not change
-    the chunk. No chunk comes after `generate` has returned or raised.
+    the chunk. After `generate` has returned none comes; after it has raised, one or two may still be on their way.
     """
 
     path: str  # OpenAI's path, e.g. /v1/chat/completions

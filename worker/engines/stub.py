@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +27,8 @@ class StubEngine:
     """
     An `Engine` without processes, for tests, demonstrations and simulations.
 
-    A word counts as a token. An answer is a digest of the request and the first words of its prompt.
+    A word counts as a token. An answer is a digest of the request and the first words of its prompt; streamed, its
+    words are spread over the time that the request takes.
 
     Parameters
     ----------
@@ -90,14 +92,15 @@ class StubEngine:
                 f"The prompt has {len(words)} words; {model_id} takes fewer than {model.max_model_len}."
             )
 
-        began = time.monotonic()
-        self._work(model, call, stop)
-        run_s = time.monotonic() - began
         answer = " ".join([_digest(call.body), *words[:ECHOED_WORDS]])
         tokens = min(len(answer.split()), request.answer_tokens or model.max_model_len)
         text = " ".join(answer.split()[:tokens])
+        response = _response(request, model_id=model_id, text=text, prompt_tokens=len(words), tokens=tokens)
+        began = time.monotonic()
+        self._work(model, call, stop, _chunks(response) if call.on_chunk else ())
+        run_s = time.monotonic() - began
         return Completion(
-            response=_response(request, model_id=model_id, text=text, prompt_tokens=len(words), tokens=tokens),
+            response=response,
             run_s=run_s,
             prefill_s=0.0,
             decode_s=run_s,
@@ -110,16 +113,21 @@ class StubEngine:
         for model_id in list(self._models):
             self.ensure_stopped(model_id, timeout_s=0)
 
-    def _work(self, model: _Model, call: Call, stop: StopSignal) -> None:
-        """Take `run_s`, and end at once when the job is stopped or the model goes."""
+    def _work(self, model: _Model, call: Call, stop: StopSignal, chunks: Sequence[Mapping[str, Any]]) -> None:
+        """Take `run_s`, giving out *chunks* meanwhile, and end at once when the job is stopped or the model goes."""
         woken = threading.Event()
         stop.on_stop(woken.set)
+        began = time.monotonic()
         with model.watched_by(woken):
-            woken.wait(min(self._run_s, call.timeout_s))
-        if stop.reason is not None:
-            raise JobStopped(stop.reason)
-        if model.gone.is_set():
-            raise EngineDied("The engine ended while it worked on the job.")
+            for number, chunk in enumerate([None, *chunks]):
+                due = began + min(self._run_s * (number + 1) / (len(chunks) + 1), call.timeout_s)
+                woken.wait(max(0.0, due - time.monotonic()))
+                if stop.reason is not None:
+                    raise JobStopped(stop.reason)
+                if model.gone.is_set():
+                    raise EngineDied("The engine ended while it worked on the job.")
+                if chunk is not None and call.on_chunk is not None:
+                    call.on_chunk(chunk)
         if self._run_s > call.timeout_s:
             raise EngineTimeout(f"The engine did not answer within {call.timeout_s:g} s.")
 
@@ -164,7 +172,26 @@ def _read(call: Call) -> JobRequest:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:8]
+    asked = {key: value for key, value in body.items() if key not in {"stream", "stream_options"}}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _chunks(response: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cut *response* as OpenAI's endpoint for its kind does: a chunk for each word, then the end, then the usage."""
+    chat = response["object"] == "chat.completion"
+    [choice] = response["choices"]
+    text = choice["message"]["content"] if chat else choice["text"]
+    common = {"object": "chat.completion.chunk" if chat else response["object"], "model": response["model"]}
+
+    def chunk(piece: str, finish_reason: str | None) -> dict[str, Any]:
+        said = {"delta": {"content": piece}} if chat else {"text": piece}
+        return {**common, "choices": [{"index": 0, **said, "finish_reason": finish_reason}]}
+
+    return [
+        *(chunk(piece, None) for piece in re.findall(r"\S+\s*", text)),
+        chunk("", choice["finish_reason"]),
+        {**common, "choices": [], "usage": response["usage"]},
+    ]
 
 
 def _response(request: JobRequest, *, model_id: str, text: str, prompt_tokens: int, tokens: int) -> dict[str, Any]:
