@@ -8,10 +8,10 @@ whatever attempt it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
-from common.schemas import JobState, JobView, Outcome, Route, utc_now
+from common.schemas import JobState, JobView, Outcome, Route, StreamEvent, utc_now
 
 
 class JobStore(Protocol):
@@ -19,6 +19,10 @@ class JobStore(Protocol):
 
     def note_queued(self, job_id: str) -> None:
         """The router has seen the job; the first time counts as the time it was queued."""
+        ...
+
+    def note_streams(self, job_id: str) -> None:
+        """The job streams: from now on each attempt and the end are events of its stream."""
         ...
 
     def note_routed(self, job_id: str, route: Route) -> None:
@@ -34,8 +38,16 @@ class JobStore(Protocol):
         """
         ...
 
+    def add_chunks(self, chunks: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+        """
+        Add to each job's stream what one of its attempts has said: (job id, attempt) -> OpenAI's chunk.
+
+        An attempt that is not the newest, or whose job has ended, adds nothing.
+        """
+        ...
+
     def note_handed_back(self, job_id: str) -> None:
-        """The attempt ended without an outcome; the job waits in its model's queue again."""
+        """The attempt ended without an outcome; the job waits in a queue again, and any message of it may begin it."""
         ...
 
     def note_fault(self, job_id: str) -> int:
@@ -74,12 +86,22 @@ class MemoryJobStore:
         self._faults: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._cancels: set[str] = set()
+        self._streams: dict[str, list[StreamEvent]] = {}
+        self._positions = 0  # of all streams' events: the number of the last
 
     def note_queued(self, job_id: str) -> None:
         """See JobStore."""
         with self._lock:
             queued = JobView(job_id=job_id, state=JobState.QUEUED, queued_at=utc_now())
             self._views.setdefault(job_id, queued)
+
+    def note_streams(self, job_id: str) -> None:
+        """See JobStore."""
+        self._streams.setdefault(job_id, [])
+
+    def stream(self, job_id: str) -> tuple[StreamEvent, ...]:
+        """Give the events of the job's stream."""
+        return tuple(self._streams.get(job_id, ()))
 
     def note_routed(self, job_id: str, route: Route) -> None:
         """See JobStore."""
@@ -93,11 +115,23 @@ class MemoryJobStore:
                 return None
             self._claims[job_id] = delivery
             attempts = self._view(job_id).attempts + 1
+            if job_id in self._streams and job_id not in self._outcomes:
+                self._streams[job_id].clear()
+                self._add(job_id, kind="reset", attempt=attempts)
         self._change(job_id, state=JobState.RUNNING, attempts=attempts)
         return attempts
 
+    def add_chunks(self, chunks: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+        """See JobStore."""
+        with self._lock:
+            for (job_id, attempt), chunk in chunks.items():
+                if self._view(job_id).attempts == attempt and job_id not in self._outcomes:
+                    self._add(job_id, kind="chunk", attempt=attempt, chunk=dict(chunk))
+
     def note_handed_back(self, job_id: str) -> None:
         """See JobStore."""
+        with self._lock:
+            self._claims.pop(job_id, None)
         self._change(job_id, state=JobState.ROUTED)
 
     def note_fault(self, job_id: str) -> int:
@@ -109,6 +143,8 @@ class MemoryJobStore:
     def finish(self, outcome: Outcome) -> Outcome:
         """See JobStore."""
         with self._lock:
+            if outcome.job_id in self._streams and outcome.job_id not in self._outcomes:
+                self._add(outcome.job_id, kind="end", state=outcome.state)
             return self._outcomes.setdefault(outcome.job_id, outcome)
 
     def outcome(self, job_id: str) -> Outcome | None:
@@ -132,6 +168,10 @@ class MemoryJobStore:
         view = self._views.get(job_id, JobView(job_id=job_id, state=JobState.UNKNOWN))
         ended = self._outcomes.get(job_id)
         return view if ended is None else view.model_copy(update={"state": ended.state})
+
+    def _add(self, job_id: str, **fields: Any) -> None:
+        self._positions += 1
+        self._streams.setdefault(job_id, []).append(StreamEvent(position=str(self._positions), **fields))
 
     def _change(self, job_id: str, **fields: object) -> None:
         with self._lock:

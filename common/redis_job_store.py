@@ -1,27 +1,45 @@
 """
-The JobStore in Redis: a hash, an outcome and a cancel mark per job, each with a lifetime.
+The JobStore in Redis: a hash, an outcome, a stream and a cancel mark per job, each with a lifetime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 from common import keys
 from common.redis_client import RedisClient
 from common.schemas import JobState, JobView, Outcome, Route, utc_now
 
-# KEYS: the job's hash, unacked. ARGV: this delivery's tag, lifetime in seconds, the state to set.
+# A stream that is longer loses its first events; the writers add 20 in a second, so that is a run of 16 minutes.
+STREAM_LENGTH = 20_000
+
+# KEYS: the job's hash, unacked, the job's stream. ARGV: this delivery's tag, lifetime in seconds, the state to set.
 # Returns the attempt's number, or 0 if another delivery of the same job is in flight.
+# A reset throws away what earlier attempts said.
 _BEGIN = """
 local claim = redis.call('HGET', KEYS[1], 'claim')
 if claim and claim ~= ARGV[1] and redis.call('HEXISTS', KEYS[2], claim) == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'claim', ARGV[1], 'state', ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[2])
-return redis.call('HINCRBY', KEYS[1], 'attempts', 1)
+local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
+if redis.call('HEXISTS', KEYS[1], 'stream') == 1 and redis.call('HEXISTS', KEYS[1], 'end') == 0 then
+  redis.call('XADD', KEYS[3], 'MAXLEN', 1, '*', 'kind', 'reset', 'attempt', attempt)
+  redis.call('EXPIRE', KEYS[3], ARGV[2])
+end
+return attempt
 """
 
-# KEYS: the outcome, the job's hash. ARGV: the outcome as JSON, its state, lifetime in seconds.
+# KEYS: the job's hash, its stream. ARGV: the attempt that speaks, its chunk as JSON, lifetime in seconds, length.
+_ADD_CHUNK = """
+if redis.call('HGET', KEYS[1], 'attempts') ~= ARGV[1] or redis.call('HEXISTS', KEYS[1], 'end') == 1 then return end
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'kind', 'chunk', 'attempt', ARGV[1], 'chunk', ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+"""
+
+# KEYS: the outcome, the job's hash, its stream. ARGV: the outcome as JSON, its state, lifetime in seconds.
 # Returns the outcome of record.
 _FINISH = """
 local kept = redis.call('GET', KEYS[1])
@@ -29,6 +47,10 @@ if kept then return kept end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
 redis.call('HSET', KEYS[2], 'end', ARGV[2])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
+if redis.call('HEXISTS', KEYS[2], 'stream') == 1 then
+  redis.call('XADD', KEYS[3], '*', 'kind', 'end', 'state', ARGV[2])
+  redis.call('EXPIRE', KEYS[3], ARGV[3])
+end
 return ARGV[1]
 """
 
@@ -40,6 +62,7 @@ class RedisJobStore:
         self._redis = client
         self._ttl_s = int(ttl_s)
         self._begin = client.register_script(_BEGIN)
+        self._add_chunk = client.register_script(_ADD_CHUNK)
         self._finish = client.register_script(_FINISH)
 
     def note_queued(self, job_id: str) -> None:
@@ -51,18 +74,36 @@ class RedisJobStore:
             pipe.expire(key, self._ttl_s)
             pipe.execute()
 
+    def note_streams(self, job_id: str) -> None:
+        """See JobStore."""
+        self._change(job_id, stream="1")
+
     def note_routed(self, job_id: str, route: Route) -> None:
         """See JobStore."""
         self._change(job_id, state=JobState.ROUTED, model=route.model, complexity=route.complexity, why=route.why)
 
     def begin(self, job_id: str, *, delivery: str) -> int | None:
         """See JobStore."""
-        found = self._begin(keys=[keys.job(job_id), keys.UNACKED], args=[delivery, self._ttl_s, JobState.RUNNING])
+        found = self._begin(
+            keys=[keys.job(job_id), keys.UNACKED, keys.stream(job_id)],
+            args=[delivery, self._ttl_s, JobState.RUNNING],
+        )
         return int(found) or None
+
+    def add_chunks(self, chunks: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+        """See JobStore."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for (job_id, attempt), chunk in chunks.items():
+                self._add_chunk(
+                    keys=[keys.job(job_id), keys.stream(job_id)],
+                    args=[attempt, json.dumps(chunk, ensure_ascii=False), self._ttl_s, STREAM_LENGTH],
+                    client=pipe,
+                )
+            pipe.execute()
 
     def note_handed_back(self, job_id: str) -> None:
         """See JobStore."""
-        self._change(job_id, state=JobState.ROUTED)
+        self._change(job_id, state=JobState.ROUTED, claim="")
 
     def note_fault(self, job_id: str) -> int:
         """See JobStore."""
@@ -74,7 +115,7 @@ class RedisJobStore:
     def finish(self, outcome: Outcome) -> Outcome:
         """See JobStore."""
         kept = self._finish(
-            keys=[keys.outcome(outcome.job_id), keys.job(outcome.job_id)],
+            keys=[keys.outcome(outcome.job_id), keys.job(outcome.job_id), keys.stream(outcome.job_id)],
             args=[outcome.model_dump_json(exclude_none=True), outcome.state, self._ttl_s],
         )
         return Outcome.model_validate_json(kept)

@@ -23,7 +23,7 @@ from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, SwitchStage
 from worker.delivery.pool import signal_of
-from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, outcome_of
+from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, RouteAgain, outcome_of
 from worker.residency.switcher import Switcher
 from worker.routing.router import Router
 from worker.scheduling.redis_queues import QUEUED_AT_HEADER
@@ -84,6 +84,8 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
                 )
             except HandBack:
                 raise Reject(requeue=True) from None
+            except RouteAgain:
+                raise task.replace(_submit_signature(app, request)) from None
             except DuplicateDelivery:
                 raise Ignore from None
             except REDIS_AWAY:
@@ -162,6 +164,13 @@ def _generate_signature(app: Celery, request: JobRequest, route: Route) -> Any:
         headers={QUEUED_AT_HEADER: time.time()},
         argsrepr=f"({request.kind.name.lower()}, {len(request.text)} characters, {route.model:.{_SHOWN_CHARS}})",
         kwargsrepr="{}",
+    )
+
+
+def _submit_signature(app: Celery, request: dict[str, Any]) -> Any:
+    """The router task, for a job that must be routed again."""
+    return app.signature(
+        keys.SUBMIT_TASK, args=(request,), immutable=True, queue=keys.SUBMIT_QUEUE, argsrepr="(again)", kwargsrepr="{}"
     )
 
 

@@ -118,6 +118,17 @@ def test_a_job_is_seen_on_its_way(store: JobStore) -> None:
     assert store.view("1") == routed.model_copy(update={"attempts": 1})
 
 
+def test_a_job_that_was_handed_back_may_be_begun_by_another_message(kind: Kind) -> None:
+    """The router's next one, say, while the first is not acknowledged yet."""
+    kind.fly("first")
+    kind.fly("second")
+    kind.store.begin("1", delivery="first")
+    kind.store.note_handed_back("1")
+
+    assert kind.store.begin("1", delivery="second") == 2
+    assert kind.store.begin("1", delivery="first") is None
+
+
 def test_the_first_time_it_was_queued_counts(store: JobStore) -> None:
     """A second delivery to the router changes neither the moment nor the state."""
     store.note_queued("1")

@@ -19,6 +19,7 @@ from tests.waiting import eventually
 from worker.catalog.download import resolve_files
 from worker.catalog.local import spec_from_path
 from worker.engines.base import Call, StopSignal
+from worker.engines.measure import count_bytes
 from worker.engines.vllm_server import VllmServerEngine, find_python
 from worker.hardware.gpu import Gpu
 from worker.hardware.nvml import NvmlReader
@@ -71,12 +72,17 @@ def test_a_load_takes_about_what_was_predicted_and_gives_it_back(engine: VllmSer
         return card.used_bytes
 
     before = used()
-    engine.ensure_ready(placement, timeout_s=START_S)
+    loaded = engine.ensure_ready(placement, timeout_s=START_S)
     body = {"model": placement.model_id, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
     done = engine.generate(placement.model_id, Call(path="/v1/chat/completions", body=body, timeout_s=60), StopSignal())
     measured, predicted = used() - before, placement.memory.total
-    print(f"predicted {predicted / MIB:,.0f} MiB, measured {measured / MIB:,.0f} MiB")
+    print(f"predicted {predicted / MIB:,.0f} MiB, measured {measured / MIB:,.0f} MiB; vLLM says {loaded.measured}")
+    held = count_bytes(reader.read(), loaded.pids)
 
+    assert loaded.measured.kv_pool is not None
+    assert abs(loaded.measured.kv_pool - placement.kv_cache_bytes) < 16 * MIB
+    assert loaded.measured.kv_tokens
+    assert held is None or abs(held - measured) < 64 * MIB, "None: the driver hides from a container who holds what"
     assert done.completion_tokens
     assert measured > placement.memory.kv_cache, "it is not on the card"
     assert predicted >= 0.5 * measured

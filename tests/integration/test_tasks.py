@@ -4,23 +4,26 @@ The tasks at the moments when Redis goes away: the message is given back, and no
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import redis
 from celery import Celery
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 from common import keys
 from common.celery_app import create_app
 from common.errors import InvalidRequest
 from common.job_store import MemoryJobStore
-from common.schemas import JobState, OfferedModel
+from common.schemas import JobState, OfferedModel, Outcome
 from common.settings import Settings
+from worker.jobs.runner import JobRunner, RouteAgain
 from worker.routing.router import Router
 from worker.routing.rules_file import load_rules
-from worker.tasks import add_submit_task, body_of
+from worker.tasks import add_generate_task, add_submit_task, body_of
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
 SMALL = OfferedModel(id="small", tier=1, complexity_up_to=1.0, max_model_len=1000, capabilities=("chat",))
@@ -83,6 +86,36 @@ def test_a_fault_of_ours_ends_the_job_with_its_name(app: Celery) -> None:
     assert outcome.state is JobState.FAILED
     assert outcome.error is not None
     assert outcome.error.kind == "InternalError"
+
+
+def test_a_job_that_must_be_routed_again_goes_to_the_router_under_its_own_id(
+    monkeypatch: pytest.MonkeyPatch, redis_url: str, redis_client: Any
+) -> None:
+    """With the body as it came: the producer waits for the same id, and the router sees the newest offers."""
+
+    class ShorterNow(JobRunner):
+        def __init__(self) -> None: ...
+
+        def run(self, *_: Any, **__: Any) -> Outcome:
+            raise RouteAgain
+
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    app = create_app(Settings.from_env())
+    add_submit_task(app, Router(store=MemoryJobStore(), offers=list, rules=load_rules()), MemoryJobStore())
+    add_generate_task(app, ShorterNow(), MemoryJobStore())
+    route = {"model": "small", "complexity": 0.5, "why": "simple enough"}
+    task = app.tasks[keys.GENERATE_TASK]
+    task.push_request(id="job", args=[BODY, route], kwargs={}, called_directly=False, is_eager=False)
+    try:
+        with pytest.raises(Ignore):
+            task.run(BODY, route)
+    finally:
+        task.pop_request()
+
+    (message,) = redis_client.lrange(keys.SUBMIT_QUEUE, 0, -1)
+    sent = json.loads(message)
+    assert (sent["headers"]["task"], sent["headers"]["id"]) == (keys.SUBMIT_TASK, "job")
+    assert json.loads(base64.b64decode(sent["body"]))[0] == [BODY]
 
 
 def test_the_body_comes_as_one_argument_or_as_fields() -> None:

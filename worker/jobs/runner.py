@@ -13,6 +13,7 @@ from common.errors import (
     DeadlineExceeded,
     EngineNotReady,
     JobCancelled,
+    PromptTooLong,
     ShiftworkerError,
     Unavailable,
 )
@@ -31,6 +32,10 @@ _NOT_READY_PAUSE_S = 0.2  # before a job goes back to a queue that is about to b
 
 class HandBack(Exception):
     """The job has no outcome yet; its message must go back to the head of its queue."""
+
+
+class RouteAgain(Exception):
+    """The job has no outcome yet; its model was loaded too short for it, and another one may not be."""
 
 
 class DuplicateDelivery(Exception):
@@ -95,7 +100,7 @@ class JobRunner:
 
         Raises
         ------
-        HandBack, DuplicateDelivery
+        HandBack, RouteAgain, DuplicateDelivery
             There is no outcome; what must happen to the message.
         """
         # (1) Ended already.
@@ -134,6 +139,8 @@ class JobRunner:
             return self._end(job_id, ledger, self._fault(job_id, request, error))
         except JobStopped as stopped:
             return self._end(job_id, ledger, self._stopped(job_id, stopped.reason))
+        except PromptTooLong as error:
+            return self._end(job_id, ledger, self._too_long(job_id, ledger, error))
         except ShiftworkerError as error:
             return self._end(job_id, ledger, error)
         return self._answered(job_id, ledger, completion)
@@ -183,6 +190,23 @@ class JobRunner:
         if reason == "deadline":
             return DeadlineExceeded("The job's time limit passed while the engine worked on it; it was stopped there.")
         raise self._handed_back(job_id)
+
+    def _too_long(self, job_id: str, ledger: Ledger, error: PromptTooLong) -> PromptTooLong:
+        """
+        What a prompt that is too long means for the job: the end, unless its model is shorter than it was offered.
+
+        Then the router knows by now, and is asked once more; the second time nobody has a longer one.
+        """
+        resident = self._board.read().resident(ledger.model or "")
+        if resident is None or resident.max_model_len is None:
+            return error
+        if ledger.attempt == 1:
+            self._store.note_handed_back(job_id)
+            raise RouteAgain
+        return PromptTooLong(
+            f"{error.message} For want of memory {resident.model_id} is loaded with {resident.max_model_len:,} tokens "
+            "for now, fewer than it was offered with: send the job again later, or name another model."
+        )
 
     def _handed_back(self, job_id: str) -> HandBack:
         self._store.note_handed_back(job_id)

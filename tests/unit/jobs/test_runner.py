@@ -20,6 +20,7 @@ from common.errors import (
     EngineTimeout,
     InvalidRequest,
     JobCancelled,
+    PromptTooLong,
     ShiftworkerError,
 )
 from common.job_store import MemoryJobStore
@@ -29,7 +30,7 @@ from tests.waiting import eventually
 from worker.catalog.spec import EngineKind
 from worker.engines.base import Call, Completion, StopSignal
 from worker.engines.stub import StubEngine
-from worker.jobs.runner import DuplicateDelivery, HandBack, JobLimits, JobRunner
+from worker.jobs.runner import DuplicateDelivery, HandBack, JobLimits, JobRunner, RouteAgain
 from worker.residency.board import ResidencyBoard
 from worker.state.residency import Level, Resident
 
@@ -345,3 +346,31 @@ def test_the_first_outcome_wins() -> None:
     assert world.run() == cancelled
     assert len(world.engine.calls) == 1
     assert world.store.view("job").state is JobState.CANCELLED
+
+
+def test_a_prompt_too_long_for_a_model_that_was_loaded_short_is_routed_again_once() -> None:
+    """Another model may be longer. The second time nobody is: the reason says why this one was not."""
+    world = World()
+    world.board.put(Resident(model_id="small", level=Level.READY, bytes=1, since=0.0, max_model_len=2))
+    world.engine.errors = [PromptTooLong("it has 9 tokens."), PromptTooLong("it has 9 tokens.")]
+
+    with pytest.raises(RouteAgain):
+        world.run()
+    assert world.store.outcome("job") is None
+    assert world.store.view("job").state is JobState.ROUTED
+    ended = world.run(delivery="the router's next message")
+
+    assert ended.error is not None
+    assert ended.error.kind == "PromptTooLong"
+    assert ended.error.message.startswith("it has 9 tokens. For want of memory small is loaded with 2 tokens for now")
+
+
+def test_a_prompt_too_long_for_a_model_as_it_was_offered_ends_the_job() -> None:
+    """The router would choose the same again."""
+    world = World()
+    world.engine.errors = [PromptTooLong("it has 9,999 tokens.")]
+
+    ended = world.run()
+
+    assert ended.error is not None
+    assert ended.error.message == "it has 9,999 tokens."
