@@ -4,8 +4,6 @@ Which kind is each layer of a Hugging Face config, and which matrices is it made
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -44,7 +42,6 @@ _LAYER_TYPES = {
 }  # fmt: skip
 _MOST_HEADS = 2**14
 _PATTERN_LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
-_PART = re.compile(r"^(self_attn|mlp|mamba)\.")
 _FULL_LAYERS = ("attn_layer_indices", "full_attn_idxs")  # lists of the layers with attention: Bamba, LFM2
 
 
@@ -150,8 +147,6 @@ def layer_parts(kind: Kind, facts: Facts) -> tuple[list[Matrix], Cache | None]:
     if kind.mixer is Mixer.NONE or not facts.flag("one_part"):
         matrices += _mlp_parts(kind, facts)
     hidden = facts.needed("hidden_size")
-    if facts.flag("one_part"):
-        matrices = [dataclasses.replace(matrix, name=_PART.sub("mixer.", matrix.name)) for matrix in matrices]
     matrices.append(small("norms", (facts.number("norms_per_layer") or 2) * hidden))
     if (width := facts.number("hidden_size_per_layer_input")) is not None:  # Gemma 4 E2B and E4B
         matrices.append(Matrix(name="per_layer_input_gate", inputs=hidden, outputs=width, shard=Shard.COPY))

@@ -124,7 +124,8 @@ def _expression(name: str) -> str:
 _PLACES = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.", "backbone.layers.")
 _SYNONYMS = (
     ("mlp.shared_expert.", "mlp.shared_experts."), ("mlp.experts.", "block_sparse_moe.experts."),
-    ("mlp.", "feed_forward."), ("self_attn.q_proj", "self_attn.qkv_proj"), ("self_attn.k_proj", "self_attn.qkv_proj"),
+    ("mlp.", "feed_forward."), ("mlp.", "mixer."), ("self_attn.", "mixer."), ("mixer.", "mamba."),
+    ("self_attn.q_proj", "self_attn.qkv_proj"), ("self_attn.k_proj", "self_attn.qkv_proj"),
     ("self_attn.v_proj", "self_attn.qkv_proj"), ("mlp.up_proj", "mlp.gate_up_proj"),
     ("mlp.gate_proj", "mlp.gate_up_proj"), ("in_proj_qkv", "in_proj_qkvz"), ("in_proj_z", "in_proj_qkvz"),
 )  # fmt: skip

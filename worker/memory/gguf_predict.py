@@ -19,7 +19,8 @@ _ROLES = {
     "self_attn.q_proj": Role.QUERY, "self_attn.k_proj": Role.KEY, "self_attn.v_proj": Role.VALUE,
     "self_attn.o_proj": Role.MIXED, "mlp.up_proj": Role.UP, "mlp.gate_proj": Role.UP, "mlp.down_proj": Role.DOWN,
     "mlp.experts.up_proj": Role.UP, "mlp.experts.gate_proj": Role.UP, "mlp.experts.down_proj": Role.DOWN,
-    "mlp.shared_expert.up_gate_proj": Role.UP, "mlp.shared_expert.down_proj": Role.DOWN,
+    "mlp.shared_expert.up_proj": Role.UP, "mlp.shared_expert.gate_proj": Role.UP,
+    "mlp.shared_expert.down_proj": Role.DOWN, "linear_attn.in_proj_qkv": Role.VALUE,
 }  # fmt: skip
 # Not packed in Hugging Face's checkpoints, but in GGUF.
 _PACKED_TOO = frozenset({"linear_attn.in_proj_ba", "mamba.x_proj", "mamba.dt_proj"})
@@ -175,9 +176,6 @@ def _pieces(block: Block, *, fused: bool) -> Iterator[_Piece]:
         if matrix.name == "all":
             for role, share in _USUAL_SHARES.items():
                 yield _Piece(role=role, columns=columns, rows=round(rows * share))
-        elif matrix.name == "linear_attn.in_proj_qkvz" and (out := _matrix(block, "linear_attn.out_proj")):
-            yield _Piece(role=Role.VALUE, columns=columns, rows=rows - out.inputs)
-            yield _Piece(role=Role.OTHER, columns=columns, rows=out.inputs)
         elif not matrix.quantizable and matrix.name not in _PACKED_TOO:
             yield _Piece(role=None, columns=columns, rows=rows)
         else:
@@ -188,7 +186,8 @@ def _pieces(block: Block, *, fused: bool) -> Iterator[_Piece]:
 
 
 def _has_values(block: Block) -> bool:
-    return any(matrix.name in {"self_attn.v_proj", "linear_attn.in_proj_qkvz", "all"} for matrix in block.matrices)
+    names = {"self_attn.v_proj", "linear_attn.in_proj_qkv", "all"}
+    return any(matrix.name in names and matrix.counted for matrix in block.matrices)
 
 
 def _matrix(block: Block, name: str) -> Matrix | None:
