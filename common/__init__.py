@@ -19,7 +19,7 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
-from common.schemas import HardwareStatus, JobRequest, JobState, JobView, Ledger, Outcome
+from common.schemas import HardwareStatus, JobRequest, JobState, JobView, Ledger, Outcome, StreamEvent
 
 __all__ = [
     "AttemptsExhausted",
@@ -39,6 +39,7 @@ __all__ = [
     "Refused",
     "ShiftworkerError",
     "Stopped",
+    "StreamEvent",
     "Unavailable",
     "UnknownModel",
 ]

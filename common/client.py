@@ -1,12 +1,13 @@
 """
-The producer's side: submit a job, ask how it is, wait for its outcome, cancel it.
+The producer's side: submit a job, ask how it is, follow its tokens, wait for its outcome, cancel it.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -19,9 +20,10 @@ from common import keys
 from common.celery_app import create_app
 from common.errors import JobCancelled, NotEndedYet, RedisUnavailable, ShiftworkerError
 from common.fleet import read_offers, read_statuses
-from common.redis_client import connect, ping, without_password
+from common.job_stream import START, aread_stream, read_stream
+from common.redis_client import connect, connect_async, ping, without_password
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody, HardwareStatus, JobRequest, JobState, JobView, Ledger, Offer, Outcome
+from common.schemas import ErrorBody, HardwareStatus, JobRequest, JobState, JobView, Ledger, Offer, Outcome, StreamEvent
 from common.settings import Settings
 
 _RETRY_PUBLISH = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
@@ -114,6 +116,50 @@ class JobClient:
                 f"{self.status(job_id).state}. It goes on: wait again, or cancel it."
             ) from None
         return self.result(job_id) or _read_copy(job_id, pending.state, pending.result)
+
+    def stream(self, job_id: str, after: str = START, timeout: float | None = None) -> Iterator[StreamEvent]:
+        """
+        Follow a job that was sent with `stream: true`: its tokens as they are made, and at last its end.
+
+        Each event has a position; a reader that was cut off goes on with *after* = the last one it had. A `reset`
+        says that an attempt begins and the tokens before it are void. The outcome is whole in any case.
+
+        Raises
+        ------
+        InvalidRequest
+            *after* is no position.
+        NotEndedYet
+            No event for *timeout* seconds (None = as long as it takes), and the job has not ended.
+        RedisUnavailable
+            Redis went away.
+        """
+        with self._redis_errors(job_id):
+            yield from read_stream(self._redis, job_id, after=after, timeout_s=timeout)
+
+    async def astream(
+        self,
+        job_id: str,
+        after: str = START,
+        timeout: float | None = None,  # noqa: ASYNC109 - of each silence
+    ) -> AsyncIterator[StreamEvent]:
+        """Follow a job as `stream` does, without blocking the event loop."""
+        client = connect_async(self._url)
+        try:
+            with self._redis_errors(job_id):
+                async for event in aread_stream(client, job_id, after=after, timeout_s=timeout):
+                    yield event
+        finally:
+            await client.aclose()
+
+    @contextmanager
+    def _redis_errors(self, job_id: str) -> Iterator[None]:
+        try:
+            yield
+        except redis.RedisError as error:
+            raise RedisUnavailable(
+                f"The stream of job {job_id} broke off: Redis at {without_password(self._url)} went away ({error}). "
+                "Read it again with after=the position of the last event."
+            ) from error
 
     def result(self, job_id: str) -> Outcome | None:
         """The outcome of record, answered or not; None while the job has not ended, or is forgotten."""

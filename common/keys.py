@@ -52,13 +52,25 @@ _PREFIX: Final = "shiftworker:"
 
 
 def job(job_id: str) -> str:
-    """Hash: state, end (set with the outcome), model, complexity, why, queued_at, attempts, faults, claim (a tag)."""
+    """
+    Hash: state, end (set with the outcome), model, complexity, why, queued_at, attempts, faults, claim (a tag),
+    stream (set if the job streams).
+    """
     return f"{_PREFIX}job:{job_id}"
 
 
 def outcome(job_id: str) -> str:
     """String: the result of record, an Outcome as JSON. Written once (SET NX), kept until it expires."""
     return f"{_PREFIX}outcome:{job_id}"
+
+
+def stream(job_id: str) -> str:
+    """
+    Capped stream of a job that streams: what the current attempt has said so far, and the job's end.
+
+    Fields: kind; attempt (of reset and chunk); chunk (OpenAI's, as JSON); state (of the end).
+    """
+    return f"{_PREFIX}stream:{job_id}"
 
 
 def cancel(job_id: str) -> str:

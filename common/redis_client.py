@@ -8,6 +8,8 @@ import re
 from typing import Any
 
 import redis
+import redis.asyncio
+import redis.asyncio.retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 from tenacity import RetryCallState, retry, retry_if_exception_type, wait_exponential_jitter
@@ -23,6 +25,12 @@ RedisClient = Any
 CONNECT_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 10.0  # a full Redis on a slow disk may pause; a dead connection must not hang for ever
 
+_OPTIONS: dict[str, Any] = {
+    "decode_responses": True,
+    "socket_connect_timeout": CONNECT_TIMEOUT_S,
+    "socket_timeout": ANSWER_TIMEOUT_S,
+}
+
 
 def connect(url: str, *, patient: bool = False) -> RedisClient:
     """
@@ -30,13 +38,14 @@ def connect(url: str, *, patient: bool = False) -> RedisClient:
 
     A broken connection is tried twice more; a *patient* client, for what must not be lost, never gives up.
     """
-    return redis.Redis.from_url(
-        url,
-        decode_responses=True,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=ANSWER_TIMEOUT_S,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=2 if patient else 0.5), retries=-1 if patient else 2),
-    )
+    backoff = ExponentialWithJitterBackoff(base=0.05, cap=2 if patient else 0.5)
+    return redis.Redis.from_url(url, retry=Retry(backoff, retries=-1 if patient else 2), **_OPTIONS)
+
+
+def connect_async(url: str) -> RedisClient:
+    """The same for asyncio; it belongs to the event loop that uses it first."""
+    backoff = ExponentialWithJitterBackoff(base=0.05, cap=0.5)
+    return redis.asyncio.Redis.from_url(url, retry=redis.asyncio.retry.Retry(backoff, retries=2), **_OPTIONS)
 
 
 def ping(client: RedisClient, url: str) -> None:

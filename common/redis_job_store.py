@@ -96,7 +96,7 @@ class RedisJobStore:
             for (job_id, attempt), chunk in chunks.items():
                 self._add_chunk(
                     keys=[keys.job(job_id), keys.stream(job_id)],
-                    args=[attempt, json.dumps(chunk, ensure_ascii=False), self._ttl_s, STREAM_LENGTH],
+                    args=[attempt, json.dumps(chunk, separators=(",", ":")), self._ttl_s, STREAM_LENGTH],
                     client=pipe,
                 )
             pipe.execute()

@@ -54,6 +54,8 @@ class JobRequest(BaseModel):
     input: str | list[Any] | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    stream: bool | None = Field(default=None, description="true: the tokens also go to the job's stream")
+    stream_options: dict[str, Any] | None = None
 
     # Ours.
     model: str = Field(default=AUTO, min_length=1, max_length=200)
@@ -101,6 +103,8 @@ class JobRequest(BaseModel):
         for position, message in enumerate(self.messages or ()):
             if not isinstance(message.get("role"), str):
                 raise ValueError(f'messages[{position}] has no "role"')  # noqa: TRY004 - pydantic wants it
+        if self.stream and self.input is not None:
+            raise ValueError("stream: an embedding is one piece; leave it out")
         return self
 
     @property
@@ -124,16 +128,19 @@ class JobRequest(BaseModel):
 
     def engine_body(self, served_model: str) -> dict[str, Any]:
         """
-        Build the body for the engine: OpenAI's fields as they came, the model resolved, not streamed.
+        Build the body for the engine: OpenAI's fields as they came, the model resolved.
 
-        The result is stored whole, so `stream` is switched off here whatever the producer wrote.
+        A stream ends with the usage whatever the producer asked for: the ledger needs it.
         """
         ours = {
             "model", "task_type", "priority", "deadline", "latency_sensitive", "privacy_required", "tenant",
             "idempotency_key", "webhook", "stream", "stream_options",
         }  # fmt: skip
         body = self.model_dump(mode="json", exclude_none=True, exclude=ours)
-        return {**body, "model": served_model, "stream": False}
+        body |= {"model": served_model, "stream": bool(self.stream)}
+        if self.stream:
+            body["stream_options"] = {**(self.stream_options or {}), "include_usage": True}
+        return body
 
 
 def _texts(content: object) -> list[str]:
@@ -234,6 +241,29 @@ class Outcome(_Stored):
     def result(self) -> dict[str, Any]:
         """What Celery's `AsyncResult.get()` returns: OpenAI's response, and the ledger beside it."""
         return {**(self.response or {}), "ledger": self.ledger.model_dump(mode="json")}
+
+
+class StreamEvent(_Stored):
+    """
+    One thing that happened on a job's stream.
+
+    `reset`: an attempt begins; what came before it is void. `chunk`: a piece of the answer in OpenAI's form; what was
+    made at the same time is one chunk. `end`: the job has its outcome; always the last.
+    """
+
+    position: str = Field(description="where a reader who has had this event goes on")
+    kind: Literal["reset", "chunk", "end"]
+    attempt: int | None = Field(default=None, description="of a reset or a chunk")
+    chunk: dict[str, Any] | None = Field(default=None, description="of a chunk: OpenAI's")
+    state: JobState | None = Field(default=None, description="of an end: how the job ended")
+
+    @property
+    def text(self) -> str:
+        """The piece of the first choice's text; empty where there is none."""
+        for choice in (self.chunk or {}).get("choices") or ():
+            if choice.get("index", 0) == 0:
+                return (choice.get("delta") or {}).get("content") or choice.get("text") or ""
+        return ""
 
 
 class JobView(_Stored):

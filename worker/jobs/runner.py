@@ -22,6 +22,7 @@ from common.logs import get_logger
 from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from worker.catalog.spec import EngineKind
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
+from worker.jobs.token_writer import TokenWriter
 from worker.residency.board import ResidencyBoard
 from worker.selection.placement import Placement
 
@@ -71,6 +72,7 @@ class JobRunner:
         self._engines = engines
         self._limits = limits
         self._switch_seconds = switch_seconds
+        self._tokens = TokenWriter(store)
         self._running: dict[str, tuple[str, StopSignal]] = {}  # job id -> its model, its signal
 
     def hand_back(self, model_id: str) -> None:
@@ -131,7 +133,7 @@ class JobRunner:
                     raise DuplicateDelivery
                 # (6) Generate.
                 ledger = ledger.model_copy(update={"attempt": attempt, **self._waited(view.queued_at, started)})
-                completion = self._generate(job_id, request, route, started, stop)
+                completion = self._generate(job_id, request, route, started, stop, attempt=attempt)
         except EngineNotReady:
             stop.wait(_NOT_READY_PAUSE_S)
             raise self._handed_back(job_id) from None
@@ -151,18 +153,27 @@ class JobRunner:
         if engine.state(model_id) is not EngineState.READY:
             raise EngineNotReady(f"The engine of {model_id} has just ended; the job waits for the next one.")
 
-    def _generate(self, job_id: str, request: JobRequest, route: Route, now: datetime, stop: StopSignal) -> Completion:
+    def _generate(
+        self, job_id: str, request: JobRequest, route: Route, now: datetime, stop: StopSignal, *, attempt: int
+    ) -> Completion:
         placement = self._placements[route.model]
         timeout_s = self._limits.timeout_s
         if request.deadline is not None:
             timeout_s = min(timeout_s, (request.deadline - now).total_seconds())
-        call = Call(path=request.kind, body=request.engine_body(route.model), timeout_s=timeout_s)
+        call = Call(
+            path=request.kind,
+            body=request.engine_body(route.model),
+            timeout_s=timeout_s,
+            on_chunk=self._tokens.listener(job_id, attempt) if request.stream else None,
+        )
         engine = self._engines[placement.spec.engine]
         self._running[job_id] = (route.model, stop)
         try:
             return engine.generate(route.model, call, stop)
         finally:
             del self._running[job_id]
+            if request.stream:
+                self._tokens.flush()  # before the end is stored: nothing is added to a stream behind it
 
     def _waited(self, queued_at: datetime | None, started: datetime) -> dict[str, float]:
         if queued_at is None:

@@ -47,6 +47,8 @@ class Router:
         """
         self._store.note_queued(job_id)
         request = JobRequest.parse(body)
+        if request.stream:
+            self._store.note_streams(job_id)
         models = self.models()
         if not models:
             raise EngineNotReady("No worker has said yet which models it can serve; the job waits.")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
-from common.schemas import BodyKind, ErrorBody, JobRequest, JobState, Ledger, Outcome
+from common.schemas import BodyKind, ErrorBody, JobRequest, JobState, Ledger, Outcome, StreamEvent
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -86,7 +86,7 @@ def test_any_json_is_a_request_or_refused(body: object) -> None:
 
 
 def test_the_engine_gets_openai_s_fields_and_none_of_ours() -> None:
-    """Also fields that nobody here has heard of; the model resolved, never streamed."""
+    """Also fields that nobody here has heard of; the model resolved, not streamed unless asked for."""
     openai = {
         "messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
         "max_tokens": 5, "temperature": 0, "logit_bias": {"50256": -100}, "brand_new": {"deep": [None, 1]},
@@ -94,12 +94,45 @@ def test_the_engine_gets_openai_s_fields_and_none_of_ours() -> None:
     ours = {
         "model": "auto", "task_type": "x", "priority": 0, "deadline": 1893456000, "latency_sensitive": False,
         "privacy_required": False, "tenant": "t", "idempotency_key": "k", "webhook": "https://example.org",
-        "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
 
     body = JobRequest.parse({**openai, **ours}).engine_body("small")
 
     assert body == {**openai, "model": "small", "stream": False}
+
+
+def test_a_stream_ends_with_the_usage_whatever_was_asked() -> None:
+    """The ledger needs it; OpenAI's other options stay, and mean nothing without a stream."""
+    for asked in ({}, {"stream_options": {"include_usage": False}}):
+        body = JobRequest.parse({**HELLO, "stream": True, **asked}).engine_body("small")
+        assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
+    for stream in (False, None):
+        body = JobRequest.parse({**HELLO, "stream": stream, "stream_options": {"x": 1}}).engine_body("small")
+        assert (body["stream"], "stream_options" in body) == (False, False)
+
+
+def test_embeddings_are_not_streamed() -> None:
+    """Refused, and not silently waited for."""
+    with pytest.raises(InvalidRequest, match="stream: an embedding is one piece"):
+        JobRequest.parse({"input": "Hello", "stream": True})
+    assert JobRequest.parse({"input": "Hello", "stream": False}).kind is BodyKind.EMBEDDING
+
+
+@pytest.mark.parametrize(
+    ("choices", "text"),
+    [
+        ([{"index": 0, "delta": {"content": "Hi"}}], "Hi"),
+        ([{"index": 0, "text": "Hi"}], "Hi"),
+        ([{"index": 1, "delta": {"content": "other"}}, {"index": 0, "delta": {"content": "Hi"}}], "Hi"),
+        ([{"index": 0, "delta": {"role": "assistant", "content": None}}], ""),
+        ([{"index": 0, "delta": {}}], ""),
+        ([], ""),
+    ],
+)
+def test_the_text_of_an_event_is_the_first_choices(choices: list[dict[str, Any]], text: str) -> None:
+    """Of a chat or of a completion; nothing where there is none."""
+    assert StreamEvent(position="1-0", kind="chunk", attempt=1, chunk={"choices": choices}).text == text
+    assert StreamEvent(position="1-0", kind="reset", attempt=1).text == ""
 
 
 def test_a_deadline_is_a_moment() -> None:
