@@ -21,6 +21,7 @@ from common.redis_client import connect
 from common.schemas import JobState
 from tests.e2e.conftest import Box
 from tests.waiting import eventually
+from worker.telemetry.redis_measured import RedisMeasurements
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,6 +187,20 @@ def test_the_switch_and_the_status_are_there_to_see(box: Box, run_cli: Any) -> N
     assert set(newest["stages"]) == {"draining", "unloading", "loading", "verifying"}
     assert "large" in run_cli("status").stdout
     assert run_cli("switch", "nobody").returncode != 0
+
+
+def test_what_each_load_took_is_kept_for_the_fleet(box: Box, run_cli: Any) -> None:
+    """The first model and the next: predicted beside the resident bytes of the engine's own processes."""
+    assert run_cli("switch", "large").returncode == 0
+
+    kept = RedisMeasurements(connect(box.url)).read().values()
+    assert sorted(found.key.model_id for found in kept) == ["large", "small"]
+    for found in kept:
+        assert (found.key.device, found.key.max_num_seqs) == ("cpu", 4)
+        assert found.key.engine.startswith("llamacpp ")
+        assert found.measured.total is not None
+        assert 10 * 2**20 < found.measured.total < 2**30
+        assert found.predicted.total > 0
 
 
 def test_the_command_line_sends_files_of_jobs(box: Box, run_cli: Any, tmp_path: Path) -> None:
