@@ -33,8 +33,8 @@ def read_config(config: Mapping[str, Any], *, name: str | None = None, quantizat
     """
     text = next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), config)
     kind, said_by = find_family(config, text, name)
-    facts = Facts({**config, **text} if text is not config else config, FAMILIES.get(kind))
     poor = said_by != "config"
+    facts = Facts({**config, **text} if text is not config else config, FAMILIES.get(kind), whole=not poor)
     if said_by == "name":
         facts.assumed.append(f"the family {kind}, from the model's name")
     elif not poor and kind not in FAMILIES:
@@ -189,7 +189,10 @@ def _state_assumed(blocks: tuple[Block, ...], facts: Facts) -> bool:
 
 def _unknown_cache(facts: Facts) -> tuple[str, ...]:
     """Of what is unknown, the facts that the KV cache needs too."""
-    needed = {"num_hidden_layers", "head_dim", "sliding_window", "kv_lora_rank", "which of its layers are recurrent"}
+    needed = {
+        "num_hidden_layers", "num_key_value_heads", "head_dim", "sliding_window", "kv_lora_rank",
+        "which of its layers are recurrent",
+    }  # fmt: skip
     if facts.number("num_key_value_heads") is None:
         needed.add("num_attention_heads")
     return (*facts.wrong, *(name for name in facts.missing if name in needed))

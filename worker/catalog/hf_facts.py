@@ -52,7 +52,10 @@ _LARGEST_SIZE = 2**20
 class Facts:
     """A config.json with one question: `number`. What is not there is noted in `missing`, nonsense in `wrong`."""
 
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, *, whole: bool = True
+    ) -> None:
+        self.whole = whole  # a real config.json: what it leaves out has the value that its class gives it
         self._config = config
         self._defaults = dict(defaults or {})
         self.missing: list[str] = []

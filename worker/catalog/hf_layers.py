@@ -189,7 +189,8 @@ def _kv_heads(facts: Facts, heads: int) -> int:
     """KV heads; one for each head where the config does not say (but one in all for the first Falcons)."""
     if facts.flag("multi_query") and not facts.flag("new_decoder_architecture"):
         return 1
-    kv_heads = facts.number("num_key_value_heads") or heads
+    # A config.json without them means as many as heads; a poor one does not.
+    kv_heads = facts.number("num_key_value_heads") or (heads if facts.whole else facts.needed("num_key_value_heads"))
     if kv_heads and heads % kv_heads:
         facts.refuse(f"num_key_value_heads={kv_heads} does not divide {heads} heads")
     return kv_heads
