@@ -60,6 +60,7 @@ def shape_cache(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     batches_in_flight: int = 1,
+    states_per_request: int = 1,
     conv_bytes: int = 2,
 ) -> CacheShape | None:
     """
@@ -70,7 +71,7 @@ def shape_cache(
     2. Groups: layers that are alike, as many in each as the rarest kind has (a few more rather than padding
        everything). Each group draws its own blocks.
     3. A request holds blocks for its tokens in full attention, for its window and the batch under way where
-       there is one, and one for a state.
+       there is one, and one for a state (two where prefixes are cached).
     """
     kinds = _layers_by_kind(architecture, pipeline_parallel_size)
     if not kinds:
@@ -99,7 +100,9 @@ def shape_cache(
         tokens = block_tokens
         if not isinstance(kind, State) and page % pages[kind] == 0:
             tokens = block_tokens * (page // pages[kind])
-        held = _blocks_held(kind, tokens, max_model_len, max_num_batched_tokens * batches_in_flight)
+        held = states_per_request
+        if not isinstance(kind, State):
+            held = _blocks_held(kind, tokens, max_model_len, max_num_batched_tokens * batches_in_flight)
         per_request += math.ceil(count / group_size) * held
     return CacheShape(
         block_bytes=page * group_size, block_tokens=block_tokens, groups=groups, blocks_per_request=per_request
@@ -120,9 +123,7 @@ def _group_size(kinds: Counter[Cache]) -> int:
     return most if most < fewest * 1.5 else fewest
 
 
-def _blocks_held(kind: Cache, block_tokens: int, length: int, in_flight: int) -> int:
-    if isinstance(kind, State):
-        return 1
+def _blocks_held(kind: KeysAndValues | Latent, block_tokens: int, length: int, in_flight: int) -> int:
     if kind.window is None:
         return math.ceil(length / block_tokens)
     if isinstance(kind, KeysAndValues) and kind.chunked:

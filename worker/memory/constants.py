@@ -5,7 +5,7 @@ What memory costs beyond arithmetic: measured constants, with the versions of vL
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 
@@ -27,43 +27,33 @@ class VllmConstants:
     graphs_in_budget: bool  # is the estimate of CUDA graphs taken from the pool? (mem_utils.py)
     utilization: float  # default of gpu_memory_utilization
     batches_in_flight: int  # that may hold blocks behind a sliding window (config/vllm.py, max_in_flight_tokens)
+    states_per_request: int  # blocks that a recurrent layer holds; two with prefix caching (MambaSpec, "align")
     tokens_from_concurrency: bool  # does "GPU KV cache size" say concurrency x length? (vllm#51041)
     shared_moe_workspace: bool  # does the workspace of experts stay while the sampler warms up?
     whole_prompts: bool = False  # the old engine (V0) profiled with max_model_len tokens at once
 
 
-VLLM = (
-    VllmConstants(
-        since=(0, 0), sampler_bytes=8, sampler_fixed=0, non_torch=int(0.13 * GIB),
-        non_torch_parallel=int(0.55 * GIB), graphs_in_budget=False, utilization=0.9, batches_in_flight=1,
-        tokens_from_concurrency=False, shared_moe_workspace=False, whole_prompts=True,
-    ),
-    VllmConstants(
-        since=(0, 8), sampler_bytes=38.3, sampler_fixed=0, non_torch=int(0.13 * GIB),
-        non_torch_parallel=int(0.55 * GIB), graphs_in_budget=False, utilization=0.9, batches_in_flight=1,
-        tokens_from_concurrency=False, shared_moe_workspace=False,
-    ),
-    VllmConstants(
-        since=(0, 17), sampler_bytes=14.4, sampler_fixed=int(0.07 * GIB), non_torch=int(0.13 * GIB),
-        non_torch_parallel=int(0.55 * GIB), graphs_in_budget=False, utilization=0.9, batches_in_flight=1,
-        tokens_from_concurrency=False, shared_moe_workspace=True,
-    ),
-    VllmConstants(
-        since=(0, 18), sampler_bytes=14.4, sampler_fixed=int(0.07 * GIB), non_torch=int(0.25 * GIB),
-        non_torch_parallel=int(2.1 * GIB), graphs_in_budget=False, utilization=0.9, batches_in_flight=1,
-        tokens_from_concurrency=False, shared_moe_workspace=True,
-    ),
-    VllmConstants(
-        since=(0, 20), sampler_bytes=14.4, sampler_fixed=int(0.07 * GIB), non_torch=int(0.25 * GIB),
-        non_torch_parallel=int(2.1 * GIB), graphs_in_budget=True, utilization=0.92, batches_in_flight=1,
-        tokens_from_concurrency=True, shared_moe_workspace=True,
-    ),
-    VllmConstants(  # source: 0.32.0; async scheduling keeps two batches in flight
-        since=(0, 32), sampler_bytes=14.4, sampler_fixed=int(0.07 * GIB), non_torch=int(0.25 * GIB),
-        non_torch_parallel=int(2.1 * GIB), graphs_in_budget=True, utilization=0.92, batches_in_flight=2,
-        tokens_from_concurrency=True, shared_moe_workspace=True,
-    ),
-)  # fmt: skip
+_V0 = VllmConstants(
+    since=(0, 0),
+    sampler_bytes=8,
+    sampler_fixed=0,
+    non_torch=int(0.13 * GIB),
+    non_torch_parallel=int(0.55 * GIB),
+    graphs_in_budget=False,
+    utilization=0.9,
+    batches_in_flight=1,
+    states_per_request=1,
+    tokens_from_concurrency=False,
+    shared_moe_workspace=False,
+    whole_prompts=True,
+)
+_V0_8 = replace(_V0, since=(0, 8), sampler_bytes=38.3, whole_prompts=False)
+_V0_17 = replace(_V0_8, since=(0, 17), sampler_bytes=14.4, sampler_fixed=int(0.07 * GIB), shared_moe_workspace=True)
+_V0_18 = replace(_V0_17, since=(0, 18), non_torch=int(0.25 * GIB), non_torch_parallel=int(2.1 * GIB))
+_V0_20 = replace(_V0_18, since=(0, 20), graphs_in_budget=True, utilization=0.92, tokens_from_concurrency=True)
+# From its source: async scheduling keeps two batches in flight, and hybrid models cache prefixes.
+_V0_32 = replace(_V0_20, since=(0, 32), batches_in_flight=2, states_per_request=2)
+VLLM = (_V0, _V0_8, _V0_17, _V0_18, _V0_20, _V0_32)
 
 # NCCL alone, on each of several cards that have no NVLink buffers.
 NON_TORCH_NCCL = int(0.55 * GIB)

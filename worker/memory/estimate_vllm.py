@@ -103,6 +103,7 @@ def estimate_vllm(architecture: Architecture, load: VllmLoad) -> VllmEstimate:
             tensor_parallel_size=load.tensor_parallel_size,
             pipeline_parallel_size=load.pipeline_parallel_size,
             batches_in_flight=constants.batches_in_flight,
+            states_per_request=constants.states_per_request,
         )
     return VllmEstimate(
         weights=weights,
