@@ -58,7 +58,7 @@ class _Reading:
     """How far one reader is, and what it must ask for next."""
 
     def __init__(self, job_id: str, after: str, timeout_s: float | None) -> None:
-        if not re.fullmatch(r"\d{1,20}(-\d{1,20})?", after):
+        if not re.fullmatch(r"\d{1,19}(-\d{1,19})?", after):
             raise InvalidRequest(
                 f"after={after!r} is no position of a stream. Give the position of the last event you had, or "
                 f"{START!r} for all that is there."

@@ -1,22 +1,24 @@
 """
-What every JobStore promises: one outcome, counted attempts, no copy beside a job in flight.
+What every JobStore promises: one outcome, counted attempts, no copy beside a job in flight, a stream of one voice.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from common import keys
-from common.errors import AttemptsExhausted, JobCancelled
+from common.errors import AttemptsExhausted, JobCancelled, NotEndedYet
 from common.job_store import JobStore, MemoryJobStore
+from common.job_stream import read_stream
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody, JobState, JobView, Ledger, Outcome, Route, utc_now
+from common.schemas import ErrorBody, JobState, JobView, Ledger, Outcome, Route, StreamEvent, utc_now
 
 TTL_S = 100.0
 ROUTE = Route(model="small", complexity=0.25, why="simple enough")
@@ -30,6 +32,14 @@ class Kind:
     store: JobStore
     fly: Callable[[str], object]  # a message with this tag is being worked on
     land: Callable[[str], object]  # it is acknowledged, or given back
+    stream: Callable[[str], Sequence[StreamEvent]]  # what is on the job's stream now
+
+    def heard(self, job_id: str = "1") -> list[tuple[str, Any]]:
+        """The stream's events, each with the attempt, the text or the state that makes it what it is."""
+        return [
+            (event.kind, event.state if event.kind == "end" else (event.attempt, event.text))
+            for event in self.stream(job_id)
+        ]
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -37,13 +47,25 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     """Each store; for Redis, kombu's own hash says what is in flight."""
     if request.param == "memory":
         tags: set[str] = set()
-        return Kind(store=MemoryJobStore(tags.__contains__), fly=tags.add, land=tags.discard)
+        memory = MemoryJobStore(tags.__contains__)
+        return Kind(store=memory, fly=tags.add, land=tags.discard, stream=memory.stream)
     client: RedisClient = request.getfixturevalue("redis_client")
     return Kind(
         store=RedisJobStore(client, ttl_s=TTL_S),
         fly=lambda tag: client.hset(keys.UNACKED, tag, "[]"),
         land=lambda tag: client.hdel(keys.UNACKED, tag),
+        stream=lambda job_id: stream_in(client, job_id),
     )
+
+
+def stream_in(client: RedisClient, job_id: str) -> list[StreamEvent]:
+    found = []
+    try:
+        for event in read_stream(client, job_id, after="0", timeout_s=0):
+            found.append(event)  # noqa: PERF402 - those before the error are kept
+    except NotEndedYet:
+        pass
+    return found
 
 
 @pytest.fixture
@@ -197,6 +219,73 @@ def test_faults_are_counted_by_job(store: JobStore) -> None:
     assert store.view("1").attempts == 0
 
 
+def says(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}}]}
+
+
+def test_a_stream_has_what_the_newest_attempt_says_and_the_end(kind: Kind) -> None:
+    """Each attempt begins with a reset that throws away what came before; an older one adds nothing any more."""
+    kind.store.note_streams("1")
+    assert kind.heard() == []
+
+    assert kind.store.begin("1", delivery="tag") == 1
+    kind.store.add_chunks({("1", 1): says("Once")})
+    kind.store.add_chunks({("1", 1): says(" upon")})
+    assert kind.heard() == [("reset", (1, "")), ("chunk", (1, "Once")), ("chunk", (1, " upon"))]
+
+    assert kind.store.begin("1", delivery="tag") == 2
+    kind.store.add_chunks({("1", 1): says("a zombie"), ("1", 2): says("Twice")})
+    kind.store.finish(answered())
+    assert kind.heard() == [("reset", (2, "")), ("chunk", (2, "Twice")), ("end", JobState.ANSWERED)]
+
+
+def test_positions_only_grow(kind: Kind) -> None:
+    """Also over a reset, so that a reader of the attempt before it goes on behind it."""
+    kind.store.note_streams("1")
+    kind.store.begin("1", delivery="tag")
+    kind.store.add_chunks({("1", 1): says("Once")})
+    before = [event.position for event in kind.stream("1")]
+    kind.store.begin("1", delivery="tag")
+    kind.store.finish(answered())
+
+    order = [tuple(map(int, found.split("-"))) for found in (*before, *(e.position for e in kind.stream("1")))]
+    assert order == sorted(set(order))
+
+
+def test_nothing_follows_the_end_of_a_stream(kind: Kind) -> None:
+    """Neither a token, nor another attempt, nor another end."""
+    kind.store.note_streams("1")
+    kind.store.begin("1", delivery="tag")
+    kind.store.finish(CANCELLED)
+    kind.store.add_chunks({("1", 1): says("too late")})
+    kind.store.finish(answered())
+    kind.store.begin("1", delivery="tag")
+
+    assert kind.heard() == [("reset", (1, "")), ("end", JobState.CANCELLED)]
+
+
+def test_chunks_of_many_jobs_are_added_at_once_each_to_its_own(kind: Kind) -> None:
+    """One of them is not current any more, which is nothing to the others."""
+    for job_id in ("1", "2", "3"):
+        kind.store.note_streams(job_id)
+        kind.store.begin(job_id, delivery=job_id)
+    kind.store.begin("2", delivery="2")
+
+    kind.store.add_chunks({(job_id, 1): says(job_id) for job_id in ("1", "2", "3")})
+
+    heard = [kind.heard(job_id)[1:] for job_id in ("1", "2", "3")]
+    assert heard == [[("chunk", (1, "1"))], [], [("chunk", (1, "3"))]]
+
+
+def test_a_job_that_does_not_stream_leaves_no_stream(redis_client: RedisClient) -> None:
+    """It pays nothing for those that do."""
+    store = RedisJobStore(redis_client, ttl_s=TTL_S)
+    store.begin("1", delivery="tag")
+    store.finish(answered())
+
+    assert not redis_client.exists(keys.stream("1"))
+
+
 def test_who_should_stop(store: JobStore) -> None:
     """Of those that are asked about, also jobs that nobody has seen yet; asking twice changes nothing."""
     for job_id in ("1", "1", "3"):
@@ -212,8 +301,10 @@ def test_everything_in_redis_is_forgotten_in_time(redis_client: RedisClient) -> 
     store = RedisJobStore(redis_client, ttl_s=TTL_S)
     for note in (
         lambda: store.note_queued("1"),
+        lambda: store.note_streams("1"),
         lambda: store.note_routed("1", ROUTE),
         lambda: store.begin("1", delivery="tag"),
+        lambda: store.add_chunks({("1", 1): says("Once")}),
         lambda: store.note_handed_back("1"),
         lambda: store.note_fault("1"),
         lambda: store.ask_cancel("1"),

@@ -17,7 +17,7 @@ from common.errors import (
     PromptTooLong,
     ShiftworkerError,
 )
-from worker.engines.interpret import interpret
+from worker.engines.interpret import interpret, read_chunk
 
 LLAMACPP_TOO_LONG = {
     "error": {
@@ -102,3 +102,32 @@ def test_a_part_of_an_answer_is_no_answer() -> None:
     choices = [{"message": {"content": "Once upon"}, "finish_reason": "abort"}]
     with pytest.raises(EngineDied):
         interpret(status=200, content=json.dumps({"choices": choices}).encode(), run_s=1.0)
+
+
+def test_a_chunk_is_read_as_it_is() -> None:
+    """Also the last one of a stream, which has no choice."""
+    for body in ({"choices": [{"index": 0, "delta": {"content": "\u2028"}}]}, {"choices": [], "usage": {}}):
+        assert read_chunk(json.dumps(body, ensure_ascii=False).encode()) == body
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        (json.dumps(LLAMACPP_TOO_LONG), PromptTooLong, "512 tokens"),
+        (json.dumps(VLLM_TOO_LONG), PromptTooLong, "2048 tokens"),
+        (json.dumps(LLAMACPP_WRONG), InvalidRequest, "'messages' is required"),
+        ('{"error": {"message": "EngineCore encountered an issue", "code": 500}}', EngineFailed, "EngineCore"),
+        ('{"error": "plain"}', EngineFailed, "plain"),
+        ('{"choices": "none"}', EngineFailed, "none"),
+        ('{"choices": [null]}', EngineFailed, "null"),
+        ("{", EngineFailed, "HTTP 200"),
+    ],
+)
+def test_an_error_in_the_middle_of_a_stream_is_told_apart(
+    content: str, error: type[ShiftworkerError], words: str
+) -> None:
+    """The status was 200 long before: the error's own code says whose fault it is."""
+    with pytest.raises(error, match=words) as raised:
+        read_chunk(content.encode())
+
+    assert type(raised.value) is error

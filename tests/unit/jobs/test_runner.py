@@ -374,3 +374,85 @@ def test_a_prompt_too_long_for_a_model_as_it_was_offered_ends_the_job() -> None:
 
     assert ended.error is not None
     assert ended.error.message == "it has 9,999 tokens."
+
+
+STREAMED = {"stream": True}
+
+
+def heard(world: World) -> list[tuple[str, Any]]:
+    """The job's stream: the attempts, each attempt's text, and how it ended."""
+    return [
+        (event.kind, {"reset": event.attempt, "chunk": event.text, "end": event.state}[event.kind])
+        for event in world.store.stream("job")
+    ]
+
+
+def spoken(world: World) -> str:
+    return "".join(event.text for event in world.store.stream("job"))
+
+
+def test_a_job_that_streams_says_its_whole_answer_and_then_ends() -> None:
+    """The outcome is the same as without; the engine was asked for a stream."""
+    plain, world = World(), World()
+    world.store.note_streams("job")
+    outcome = world.run(**STREAMED)
+
+    assert outcome.response == plain.run().response
+    assert spoken(world) == outcome.answer
+    assert heard(world)[0] == ("reset", 1)
+    assert heard(world)[-1] == ("end", JobState.ANSWERED)
+    assert [event.chunk["usage"] for event in world.store.stream("job") if event.chunk and "usage" in event.chunk]
+    assert world.engine.calls[0].body["stream"] is True
+    assert plain.engine.calls[0].on_chunk is None
+    assert plain.store.stream("job") == ()
+
+
+def test_tokens_are_there_before_the_job_ends() -> None:
+    """A reader has the first words while the engine works on the others."""
+    world = World(run_s=2.0)
+    world.store.note_streams("job")
+    with world.running(**STREAMED) as running:
+        eventually(lambda: spoken(world))
+        assert not running.done()
+        assert heard(world)[-1][0] == "chunk"
+        assert running.result(10).answer == spoken(world)
+
+
+def test_an_engine_that_dies_in_mid_stream_resets_it() -> None:
+    """The next attempt begins anew, and only its words stay."""
+    world = World(run_s=1.0)
+    world.store.note_streams("job")
+    with world.running(**STREAMED) as first:
+        eventually(lambda: spoken(world))
+        world.engine.die("small")
+        with pytest.raises(HandBack):
+            first.result(10)
+    position = world.store.stream("job")[-1].position
+    world.engine.ensure_ready(make_placement(spec=make_spec(engine=EngineKind.STUB)), timeout_s=1)
+    outcome = world.run(**STREAMED)
+
+    later = world.store.stream("job")
+    assert all(int(event.position) > int(position) for event in later)
+    assert heard(world)[0] == ("reset", 2)
+    assert spoken(world) == outcome.answer
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "deadline"])
+def test_a_job_stopped_in_mid_stream_ends_it(reason: str) -> None:
+    """What was said stays; the end says why there is no more."""
+    world, stop = World(run_s=LONG_S), StopSignal()
+    world.store.note_streams("job")
+    with world.running(stop=stop, **STREAMED) as running:
+        stop.stop(reason)
+        outcome = running.result(10)
+
+    assert heard(world)[-1] == ("end", outcome.state)
+
+
+def test_a_job_that_never_ran_ends_its_stream_too() -> None:
+    """A reader does not wait for ever for what will not come."""
+    world = World()
+    world.store.note_streams("job")
+    outcome = world.run(deadline="2020-01-01T00:00:00Z", **STREAMED)
+
+    assert heard(world) == [("end", outcome.state)]
