@@ -198,3 +198,14 @@ def test_a_catalogue_id_needs_no_config() -> None:
     (answer, _), *_ = batch({"model": "qwen3-8b", "gpu": "NVIDIA H100 80GB HBM3", "gpu_memory_utilization": 0.9})
 
     assert answer.fits is True
+
+
+def test_a_cache_is_answered_where_the_weights_are_not_known() -> None:
+    """
+    llama.cpp's log of a Mistral 7B names its KV heads and not its hidden size: 4,000 MiB at 32,000 tokens.
+    """
+    heads = {"n_layer": 32, "n_head": 32, "n_head_kv": 8, "n_embd_head_k": 128, "n_embd_head_v": 128, "n_vocab": 32000}
+    (answer, _), *_ = batch({"model": "Mistral", "engine": "llamacpp", "config": heads, "max_model_len": 32000})
+
+    assert (answer.kv_pool_bytes, answer.weights_bytes) == (4000 * 2**20, None)
+    assert "hidden_size" in answer.reason

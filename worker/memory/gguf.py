@@ -45,6 +45,7 @@ class GgufModel:
     context_length: int | None = None  # tokens that the model was made for
     assumed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    unknown_cache: tuple[str, ...] = ()  # of these, what the KV cache depends on
 
     @property
     def layers(self) -> int:

@@ -75,6 +75,7 @@ def predict_gguf(architecture: Architecture, quantization: str, *, weights_bytes
         context_length=architecture.max_position_embeddings,
         assumed=tuple(assumed),
         unknown=tuple(dict.fromkeys(unknown)),
+        unknown_cache=architecture.unknown_cache,
     )
 
 

@@ -35,14 +35,7 @@ def judge_llamacpp(case: Case, model: GgufModel, *, source: str) -> Answer:
     wanted = model.layers + 1 if case.n_gpu_layers in {None, -1} else case.n_gpu_layers
     estimate = estimate_llamacpp(model, options, n_gpu_layers=wanted)
     if isinstance(estimate, Unknown):
-        weights = None if model.weights is None else sum(model.weights.layers) + model.weights.output
-        return answer.model_copy(
-            update={
-                "weights_bytes": weights if wanted and wanted > model.layers else None,
-                "reason": f"unknown: {', '.join(estimate.missing)}",
-                "sources": {"weights": source},
-            }
-        )
+        return _part_of_it(answer, case, model, options, missing=estimate.missing, source=source)
     fits = None if budget is None else estimate.card <= budget
     reason = _reason(estimate, budget)
     if budget is not None and fits is False and case.n_gpu_layers is None:
@@ -53,6 +46,24 @@ def judge_llamacpp(case: Case, model: GgufModel, *, source: str) -> Answer:
     return answer.model_copy(
         update={**_figures(case, model, options, estimate), "fits": fits, "reason": reason}
     ).model_copy(update={"sources": _sources(source)})
+
+
+def _part_of_it(
+    answer: Answer, case: Case, model: GgufModel, options: LlamaCppOptions, *, missing: tuple[str, ...], source: str
+) -> Answer:
+    """What can be said although something is unknown: the weights without the cache, or the cache without them."""
+    known: dict[str, object] = {}
+    if model.weights is not None and (case.n_gpu_layers is None or not 0 <= case.n_gpu_layers <= model.layers):
+        known["weights_bytes"] = sum(model.weights.layers) + model.weights.output
+    if model.caches and not model.unknown_cache and (per_token := _kv_per_token(model, options)):
+        kept = [cache for layer in model.caches for cache in layer if not isinstance(cache, State)]
+        known |= {
+            "kv_bytes_per_token": per_token,
+            "kv_pool_bytes": sum(kept_bytes(cache, options) for cache in kept),
+            "kv_tokens": options.max_model_len * options.slots,
+        }
+    reason = f"unknown: {', '.join(missing)}"
+    return answer.model_copy(update={**known, "reason": reason, "sources": _sources(source)})
 
 
 def _figures(case: Case, model: GgufModel, options: LlamaCppOptions, estimate: LlamaCppEstimate) -> dict[str, object]:
