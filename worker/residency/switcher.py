@@ -1,7 +1,8 @@
 """
 Carries out switches: drain, unload, load, verify; again if it fails, smaller if memory runs out.
 
-The only writer of the board. One switch at a time, on the thread of the switch task. Every wait has an end, and every stage is told.
+The only writer of the board. One switch at a time, on the thread of the switch task. Every wait has an end, and every
+stage is told.
 """
 
 from __future__ import annotations
