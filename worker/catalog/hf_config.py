@@ -218,7 +218,7 @@ def _rope(facts: Facts, kind: str, vision: int) -> tuple[RopeTable, ...]:
     Linear and dynamic scaling lengthen the table by their factor, YaRN starts from the length before it.
     """
     rows = facts.number("max_position_embeddings")
-    if rows is None or facts.flag("learned_positions") or facts.flag("encoder") or facts.raw("only") is not None:
+    if rows is None or facts.flag("learned_positions") or facts.flag("encoder") or facts.family("only") is not None:
         return ()
     scaling = facts.table("rope_scaling") or facts.table("rope_parameters")
     if isinstance(full := scaling.get("full_attention"), Mapping):

@@ -98,6 +98,10 @@ class Facts:
         value = self._config.get(name)
         return self._defaults.get(name) if value is None else value
 
+    def family(self, name: str) -> Any:
+        """What all models of the family have, whatever this config says."""
+        return self._defaults.get(name)
+
     def items(self, name: str) -> list[Any] | None:
         """A list that is not empty."""
         value = self.raw(name)
@@ -303,6 +307,8 @@ def find_family(config: Mapping[str, Any], text: Mapping[str, Any], name: str | 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
     """The class names as model types: Qwen3MoeForCausalLM is qwen3_moe."""
-    classes = config.get("architectures") or []
-    names = [re.sub(r"(For|LMHead|Model$).*", "", str(name)) for name in classes if isinstance(classes, list)]
-    return [re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower() for name in names]
+    classes = config.get("architectures")
+    listed = classes if isinstance(classes, list) else []
+    names = [re.sub(r"(For|LMHead|Model$).*", "", str(name)).lower() for name in listed]
+    families = {family.replace("_", ""): family for family in FAMILIES}
+    return [families.get(name.replace("_", ""), name) for name in names]

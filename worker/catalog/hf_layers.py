@@ -77,9 +77,9 @@ def _mixers(facts: Facts, layers: int, names: list[str] | None) -> tuple[Mixer, 
     6. Is there a window?               all layers slide, or those from max_window_layers on
     7. Otherwise                        full attention everywhere
     """
-    recurrent = facts.raw("recurrent")
+    recurrent = facts.family("recurrent")
     # (1) All of one kind.
-    if (only := facts.raw("only")) is not None:
+    if (only := facts.family("only")) is not None:
         return (Mixer(only),) * layers
     # (2) Every layer has a name. MLA models name theirs too.
     if names is not None:
@@ -120,7 +120,7 @@ def _named(name: str, facts: Facts) -> Mixer:
     mixer = _LAYER_TYPES[name]
     if mixer is Mixer.FULL and facts.has("kv_lora_rank"):
         return Mixer.LATENT
-    if mixer in {Mixer.DELTA, Mixer.MAMBA2} and (recurrent := facts.raw("recurrent")) is not None:
+    if mixer in {Mixer.DELTA, Mixer.MAMBA2} and (recurrent := facts.family("recurrent")) is not None:
         return Mixer(recurrent)
     return Mixer.MAMBA if mixer is Mixer.MAMBA2 and facts.has("dt_rank") else mixer
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from worker.catalog.architecture import Architecture
 from worker.catalog.hf_config import read_config
+from worker.catalog.hf_facts import _SPELLINGS, FAMILIES
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen3_5_moe", "hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16,
@@ -39,7 +40,13 @@ NEMOTRON: dict[str, Any] = {
     "moe_latent_size": 512, "vocab_size": 1000,
 }  # fmt: skip
 
-KEYS = sorted({key for config in (QWEN, DEEPSEEK, GEMMA, NEMOTRON) for key in config} | {"layer_types", "total_params"})
+# Fields of configs, and words of our own tables, which a config may happen to use too.
+OUR_OWN = (
+    {word for family in FAMILIES.values() for word in family}
+    | set(_SPELLINGS)
+    | {"layer_types", "total_params", "architectures"}
+)
+KEYS = sorted({key for config in (QWEN, DEEPSEEK, GEMMA, NEMOTRON) for key in config} | OUR_OWN)
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 2**63, 10**400, math.nan, math.inf, 1e308])
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(max_size=8),

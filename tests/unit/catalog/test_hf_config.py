@@ -187,6 +187,21 @@ class TestFamilies:
         assert any("the architecture" in reason for reason in read.unknown_weights)
         assert read.unknown_cache == read.unknown_weights
 
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("LlamaForCausalLM", "llama"), ("Qwen3MoeForCausalLM", "qwen3_moe"), ("GPT2LMHeadModel", "gpt2"),
+            ("GraniteMoeHybridForCausalLM", "granitemoehybrid"), ("MiniMaxM2ForCausalLM", "minimax_m2"),
+            ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe"), ("BertModel", "bert"),
+            ("Qwen2_5_VLForX", "qwen2_5_vl"),
+        ],
+    )  # fmt: skip
+    def test_a_class_names_the_family_too(self, name: str, kind: str) -> None:
+        """
+        Where there is no model_type.
+        """
+        assert read_config({**LLAMA_8B, "model_type": None, "architectures": [name]}).kind == kind
+
     def test_what_is_around_a_known_language_model_must_be_known_too(self) -> None:
         """
         A Llama inside a model with towers of its own is more than a Llama.
