@@ -5,7 +5,6 @@ How a checkpoint's weights are packed, and which of them are not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -37,9 +36,9 @@ class Quantization:
     def scheme_of(self, name: str) -> Quantization | None:
         """The scheme that packs the module of this full name ("model.layers.0.mlp.up_proj"); None leaves it as is."""
         names = _spellings(name)
-        if _listed(self.ignored).matches(names):
+        if self.left_out.matches(names):
             return None
-        return next((one for one in (*self.others, self) if not one.only or _listed(one.only).matches(names)), None)
+        return next((one for one in (*self.others, self) if not one.only or one.taken.matches(names)), None)
 
     def parts_of(self, inputs: int, outputs: int) -> tuple[int, int, int, int]:
         """Bytes of one packed matrix: its weights, scales, zero points and row order, a tensor each."""
@@ -50,31 +49,35 @@ class Quantization:
         zeros = -(-groups * outputs * self.bits // 8) if self.zero_points else 0
         return weights, groups * outputs * self.scale_bytes, zeros, 8 * inputs if self.row_order else 0
 
-    @property
+    @cached_property
+    def left_out(self) -> Names:
+        """The modules that stay as they are."""
+        return Names(self.ignored)
+
+    @cached_property
+    def taken(self) -> Names:
+        """The modules that it packs; none stands for all."""
+        return Names(self.only)
+
+    @cached_property
     def by_layer(self) -> bool:
         """Do some of the names say the number of a layer?"""
-        return any(_listed(names).by_layer for one in (self, *self.others) for names in (one.ignored, one.only))
+        return any(names.by_layer for one in (self, *self.others) for names in (one.left_out, one.taken))
 
 
 @dataclass(frozen=True)
-class _Names:
+class Names:
     """Names of modules as checkpoints list them; thousands of them where each expert has its line."""
 
     listed: tuple[str, ...]
 
-    def matches(self, names: Iterable[str]) -> bool:
+    def matches(self, names: tuple[str, ...]) -> bool:
         """Is one of *names*, the spellings of one module, listed?"""
-        return any(self._match(name) for name in names)
-
-    def _match(self, name: str) -> bool:
-        if name in self._whole or (self._pattern is not None and self._pattern.search(name) is not None):
+        if not self._whole.isdisjoint(names):
             return True
-        tail = _tail(name)
-        while tail and self._tails:
-            if tail in self._tails:
-                return True
-            tail = tail.rpartition(".")[0]  # a list may name all of "3.self_attn" at once
-        return False
+        if self._pattern is not None and self._pattern.search("\n".join(names)) is not None:
+            return True
+        return bool(self._tails) and not self._tails.isdisjoint(_places(names))
 
     @cached_property
     def by_layer(self) -> bool:
@@ -92,23 +95,26 @@ class _Names:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
-        """The names that are patterns or parts of a name, as one expression."""
+        """The names that are patterns or parts of a name, as one expression; spellings stand on lines of their own."""
         parts = [
             _expression(name) if name.startswith("re:") else rf"(?:^|\.){re.escape(name)}(?:\.|$)"
             for name in self.listed
             if _tail(name) not in self._tails
         ]
-        return re.compile("|".join(parts)) if parts else None
+        return re.compile("|".join(parts), re.MULTILINE) if parts else None
 
 
-@lru_cache(maxsize=256)
-def _listed(names: tuple[str, ...]) -> _Names:
-    return _Names(names)
-
-
+@lru_cache(maxsize=2**15)
 def _tail(name: str) -> str:
     """Turn "model.layers.3.mlp.experts.17.up_proj" into "3.mlp.experts.up_proj": vLLM joins a layer's experts."""
     return re.sub(r"experts\.\d+\.", "experts.", name.rpartition("layers.")[2])
+
+
+@lru_cache(maxsize=2**15)
+def _places(names: tuple[str, ...]) -> frozenset[str]:
+    """The tails of *names* and all that they are inside of: a list may name all of "3.self_attn" at once."""
+    parts = [_tail(name).split(".") for name in names]
+    return frozenset(".".join(part[:length]) for part in parts for length in range(1, len(part) + 1))
 
 
 def _expression(name: str) -> str:
@@ -117,7 +123,7 @@ def _expression(name: str) -> str:
         re.compile(expression := name.removeprefix("re:"))
     except re.error:
         return re.escape(name)
-    return rf"\A(?:{expression})"
+    return rf"^(?:{expression})"
 
 
 # One module, many names: the words before the layers, and what families call the parts of a layer.
@@ -131,7 +137,7 @@ _SYNONYMS = (
 )  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**15)
 def _spellings(name: str) -> tuple[str, ...]:
     first, _, tail = name.partition("layers.")
     tails = [tail, *(tail.replace(ours, theirs) for ours, theirs in _SYNONYMS if ours in tail)]
