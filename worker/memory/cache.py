@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from worker.catalog.architecture import Architecture, Cache, KeysAndValues, Latent, State
 
 _BLOCK_TOKENS = 16  # vLLM's smallest block
+_LARGEST_BLOCK_TOKENS = 128  # on a CPU
 _SPARSE_FP8_BYTES = 656  # 512 in FP8 with their scales, 64 rope dimensions in 16 bit (mla_attention.py, fp8_ds_mla)
 
 
@@ -32,6 +33,11 @@ class CacheShape:
     def request_bytes(self) -> int:
         """What one request of the full length holds."""
         return self.block_bytes * self.blocks_per_request
+
+    @property
+    def smallest_pool(self) -> int:
+        """One request of the full length, and the block that vLLM never gives away ("null block")."""
+        return self.request_bytes + math.ceil(_LARGEST_BLOCK_TOKENS / self.block_tokens) * self.block_bytes
 
     def concurrency(self, pool_bytes: int) -> float:
         """How many requests of the full length *pool_bytes* hold: vLLM's "Maximum concurrency"."""

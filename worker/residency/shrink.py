@@ -4,14 +4,12 @@ What smaller way is there to load a model for which memory ran out? Pure: plans 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from worker.catalog.architecture import Cache, KeysAndValues, Latent, State
 from worker.catalog.spec import EngineKind
 from worker.hardware.gpu import Gpu, Machine
-from worker.memory.cache import CacheShape
 from worker.memory.constants import server_defaults
 from worker.memory.estimate_llamacpp import LlamaCppEstimate, LlamaCppOptions, estimate_llamacpp
 from worker.memory.estimate_vllm import VllmEstimate, VllmLoad, estimate_vllm
@@ -27,7 +25,6 @@ MOST_PLANS = 3
 
 _FP8 = "fp8"
 _FP8_CAPABILITY = (8, 9)  # Ada: older cards cannot compute with it, and vLLM's kernels for their cache do not compile
-_LARGEST_BLOCK_TOKENS = 128  # on a CPU; most kernels on cards have blocks of 16
 _Q8 = "q8_0"
 _Q8_BLOCK = 32  # numbers; a head must be a multiple of it (llama.cpp, src/llama-context.cpp)
 
@@ -154,17 +151,12 @@ def _resized(
     room = place.budget - memory.total + memory.kv_cache
     lacking = before.memory.total > place.budget
     wanted = min(before.kv_cache_bytes, room) if lacking else before.kv_cache_bytes // 2
-    pool = max(_smallest_pool(will.cache), wanted)
+    pool = max(will.cache.smallest_pool, wanted)
     memory = replace(memory, kv_cache=pool)
     share = before.gpu_memory_utilization
     if share is not None:
         share *= (memory.total - memory.cuda_context) / (before.memory.total - before.memory.cuda_context)
     return replace(after, memory=memory, kv_cache_bytes=pool, gpu_memory_utilization=share)
-
-
-def _smallest_pool(cache: CacheShape) -> int:
-    """Bytes for one request and the block that vLLM never gives away (v1/core/kv_cache_utils.py, "null block")."""
-    return cache.request_bytes + math.ceil(_LARGEST_BLOCK_TOKENS / cache.block_tokens) * cache.block_bytes
 
 
 def _knows_fp8(cards: tuple[Gpu, ...]) -> bool:

@@ -107,7 +107,7 @@ def _estimate(
     on_card = bool(place.gpus)
     return MemoryEstimate(
         weights=weights or 0,
-        kv_cache=estimate.cache.request_bytes if estimate.cache else 0,
+        kv_cache=estimate.cache.smallest_pool if estimate.cache else 0,
         activation=estimate.activation,
         cuda_graphs=estimate.cuda_graphs,
         non_torch=estimate.non_torch if on_card else CPU_PROCESS_BYTES,
