@@ -46,9 +46,7 @@ CAUSES = {
     "Qwen2.5-7B-Instruct-AWQ": "max_num_batched_tokens is not in the log",
     "Qwen3.5-0.8B": "the size of the file is not in the log: a guess from the name",
     "Gemma-4-26B-A4B-It": "the log says no number of KV heads, for it differs by layer",
-    "Command-R 35B": "neither the file nor its size is in the log",
-    "Mistral 7B (file": "neither the file nor its size is in the log",
-    "Mistral-Small-2409": "neither the file nor its size is in the log",
+    "Mistral-Small-2409": "the type of the cache is not in the log; with q8_0 the estimate is exact",
     "Mistral-Small-3.2-24B-Instruct-2506": "max_num_seqs is not in the log",
 }
 
