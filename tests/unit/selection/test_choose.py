@@ -135,7 +135,7 @@ def test_70b_awq_is_refused_on_24_gib_with_the_arithmetic() -> None:
 
     # 0.7 KV = (2048 + 128) x 320 KiB, one block being never used; 1.8 overhead = 0.4 forward + 0.25 non-torch + 0.5 context + 0.6 graphs
     assert left.reason == (
-        "needs 37.1 GiB weights + 0.7 GiB KV at 2048 tokens + 1.8 GiB overhead = 39.6 GiB on one card; "
+        "needs 37.1 GiB weights + 0.7 GiB KV at 2048 tokens + 1.8 GiB overhead = 39.5 GiB on one card; "
         "the largest has 23.5 GiB to spare"
     )
 
@@ -381,7 +381,7 @@ def test_a_named_model_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
     """
     The error shows the sum, and says what to do.
     """
-    with pytest.raises(DoesNotFit, match=r"37\.1 GiB weights .* = 39\.6 GiB on one card.* VLLM_FORCE=true"):
+    with pytest.raises(DoesNotFit, match=r"37\.1 GiB weights .* = 39\.5 GiB on one card.* VLLM_FORCE=true"):
         choose(make_machine(24), Overrides(model="llama-3.1-70b-awq"))
 
 
