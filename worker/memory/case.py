@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from worker.catalog.architecture import Architecture
 from worker.catalog.hf_config import read_config
@@ -44,6 +44,12 @@ class Case(BaseModel):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     kv_pool_gib: _Gib | None = None
     n_gpu_layers: Annotated[int, Field(ge=-1, le=10_000)] | None = None
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _either_engine_of_vllm(cls, value: object) -> object:
+        """Take vLLM's own names of its old and its new engine, as its logs have them."""
+        return "vllm" if value in {"V0", "V1"} else value
 
 
 class Answer(BaseModel):

@@ -39,6 +39,11 @@ FILES = {
         }
     ).encode(),
 }
+HEADER = json.dumps({"model.norm.weight": {"dtype": "BF16", "shape": [64], "data_offsets": [0, 128]}}).encode()
+FILES |= {
+    "/org/w/resolve/main/config.json": json.dumps(CONFIG).encode(),
+    "/org/w/resolve/main/model.safetensors": len(HEADER).to_bytes(8, "little") + HEADER + bytes(128),
+}
 ERRORS = {
     "/org/gated/": (403, "GatedRepo"),
     "/org/private/": (401, "RepoNotFound"),
@@ -139,6 +144,17 @@ def test_a_hub_repository_becomes_an_entry(hub: Hub) -> None:
     assert spec.weights_bytes == 12
     assert spec.architecture is not None
     assert (spec.architecture.layers, spec.architecture.heads) == (2, 4)
+
+
+def test_of_a_hub_repositorys_weights_only_the_headers_are_read(hub: Hub) -> None:
+    """
+    By range: what an engine will load is known, and no weights are in the cache.
+    """
+    spec = spec_from_path("org/w")
+
+    assert (spec.weights_bytes, spec.loaded_bytes) == (128, 128)
+    assert any(path.endswith("/model.safetensors") for path in hub.asked)
+    assert not isinstance(huggingface_hub.try_to_load_from_cache("org/w", "model.safetensors"), str)
 
 
 def test_what_an_engine_is_told_to_load(tmp_path: Path, hub: Hub) -> None:

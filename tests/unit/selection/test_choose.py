@@ -133,7 +133,8 @@ def test_70b_awq_is_refused_on_24_gib_with_the_arithmetic() -> None:
     """
     (left,) = (left for left in choose(make_machine(24)).left_out if left.model_id == "llama-3.1-70b-awq")
 
-    # 0.7 KV = (2048 + 128) x 320 KiB, one block being never used; 1.8 overhead = 0.4 forward + 0.25 non-torch + 0.5 context + 0.6 graphs
+    # 0.7 KV = (2048 + 128) x 320 KiB, for one block is never used
+    # 1.8 overhead = 0.4 forward + 0.25 non-torch + 0.5 context + 0.6 graphs
     assert left.reason == (
         "needs 37.1 GiB weights + 0.7 GiB KV at 2048 tokens + 1.8 GiB overhead = 39.5 GiB on one card; "
         "the largest has 23.5 GiB to spare"
