@@ -1,0 +1,331 @@
+"""
+The engine: vLLM's own application and vLLM's own engine in one process, with a channel in place of HTTP.
+
+The only module that imports vLLM; it runs in vLLM's Python, forked from the engine host. vLLM's application
+(chat templates, tools, structured outputs, every error) is called as the server would call it, so the answers
+are the server's. The engine's loop has a thread of its own in the same process: vLLM's server has three
+processes for it, and on two cores that halves what a small model reaches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import os
+import queue
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, MutableMapping
+from typing import Any, NoReturn
+
+import huggingface_hub.constants
+import torch
+import uvloop
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
+
+from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
+
+if current_platform.is_cpu():
+    pass
+else:
+    pass
+
+_PARSER = make_arg_parser(FlexibleArgumentParser())
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_LOST = 70  # exit code: the engine's loop failed, its log says why (EX_SOFTWARE)
+
+Send = Callable[[Frame], None]
+
+
+def become(connection: socket.socket, order: Order) -> NoReturn:
+    """Turn this fresh fork of the host into the engine of *order*; returns to nobody."""
+    code = 0
+    try:
+        _leave_home(order)
+        connection.setblocking(True)
+        connection.sendall(pack(Frame(Kind.STARTED, body=str(os.getpid()).encode())))
+        uvloop.run(_serve(connection, order))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the worker must hear of it
+        traceback.print_exc()
+        code = _LOST
+        with contextlib.suppress(OSError):
+            connection.setblocking(True)
+            connection.sendall(pack(Frame(Kind.FAILED, body=f"{type(error).__name__}: {error}".encode())))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _leave_home(order: Order) -> None:
+    """Become a process of its own: its session, its environment, its folder, its log."""
+    host = os.getppid()
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != host:
+        os._exit(_LOST)  # the host went before we could ask to go with it
+    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(order.folder)
+    os.environ.update(order.env)
+    os.environ["TMPDIR"] = order.folder
+    tempfile.tempdir = None  # what the host found is not ours
+    if threads := order.env.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # libgomp has read its environment long ago, in the host
+    huggingface_hub.constants.HF_HUB_OFFLINE = order.env.get("HF_HUB_OFFLINE") == "1"  # likewise
+
+
+async def _serve(connection: socket.socket, order: Order) -> None:
+    """Load the model, say so, and answer until the worker goes."""
+    args = _PARSER.parse_args(order.arguments)
+    validate_parsed_serve_args(args)
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    # The one seam: vLLM has no name for "asyncio, in this process" (core_client.py, make_client).
+    EngineCoreClient.make_async_mp_client = staticmethod(_make_core)
+    engine = AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True)
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    await init_app_state(engine, app.state, args, tasks)
+    gc.collect()
+    gc.freeze()
+
+    gone = asyncio.get_running_loop().create_future()
+    connection.setblocking(False)
+    _, requests = await asyncio.get_running_loop().create_connection(
+        lambda: _Requests(app, engine.engine_core, gone), sock=connection
+    )
+    await engine.engine_core.ask(lambda: None)
+    requests.send(Frame(Kind.READY))
+    await gone
+
+
+def _make_core(*, vllm_config: Any, executor_class: Any, log_stats: bool, **_: object) -> _Core:
+    return _Core(vllm_config, executor_class, log_stats)
+
+
+class _Core(InprocClient):
+    """
+    vLLM's engine core in a thread of its own, as `AsyncLLM` wants to see it.
+
+    Between two steps the thread takes what the event loop has put into its queue. A step that fails ends the
+    process: nothing of it could be trusted afterwards, and the worker notices at once.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._loop = asyncio.get_running_loop()
+        self._orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self.resources = _Resources()
+        threading.Thread(target=self._run, name="engine-core", daemon=True).start()
+
+    def ask(self, question: Callable[[], object]) -> asyncio.Future[Any]:
+        """Have the engine's thread answer *question* between two steps."""
+        answer: asyncio.Future[Any] = self._loop.create_future()
+
+        def settle(setter: Callable[[Any], object], value: object) -> None:
+            if not answer.done():
+                setter(value)
+
+        def order() -> None:
+            try:
+                found = question()
+            except Exception as error:  # noqa: BLE001 - it is the asker's
+                self._loop.call_soon_threadsafe(settle, answer.set_exception, error)
+            else:
+                self._loop.call_soon_threadsafe(settle, answer.set_result, found)
+
+        self._orders.put(order)
+        return answer
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Hand a request to the engine; what is wrong with it is raised here."""
+        prepared, wave = self.engine_core.preprocess_add_request(request)
+        self._orders.put(lambda: self.engine_core.add_request(prepared, wave))
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Have the engine forget these requests before its next step."""
+        if request_ids:
+            self._orders.put(lambda: self.engine_core.abort_requests(request_ids))
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """Wait for what a step gave."""
+        return await self._outputs.get()
+
+    async def get_supported_tasks_async(self) -> Any:
+        """See `EngineCoreClient`."""
+        return self.get_supported_tasks()
+
+    async def reset_mm_cache_async(self) -> None:
+        """See `EngineCoreClient`."""
+        await self.ask(self.reset_mm_cache)
+
+    async def collective_rpc_async(self, *args: Any) -> Any:
+        """See `EngineCoreClient`."""
+        return await self.ask(lambda: self.collective_rpc(*args))
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._take_orders()
+                self._step()
+        except BaseException:  # noqa: BLE001 - see the class
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(_LOST)
+
+    def _take_orders(self) -> None:
+        """Take all that is there; wait for some if there is nothing else to do."""
+        core = self.engine_core
+        while True:
+            has_work = core.scheduler.has_requests() or bool(core.batch_queue)
+            try:
+                order = self._orders.get(block=not has_work)
+            except queue.Empty:
+                return
+            order()
+
+    def _step(self) -> None:
+        outputs, executed = self.engine_core.step_fn()
+        self.engine_core.post_step(executed)
+        if outputs:
+            self._loop.call_soon_threadsafe(self._outputs.put_nowait, outputs[0])  # 0: the one client
+
+
+class _Resources:
+    """What `AsyncLLM.errored` looks at; an engine that is dead has no process here."""
+
+    engine_dead = False
+
+
+class _Requests(asyncio.Protocol):
+    """The worker's connection: each request is a call of the application; answers of one moment travel together."""
+
+    def __init__(self, app: Any, core: _Core, gone: asyncio.Future[None]) -> None:
+        self._app = app
+        self._core = core
+        self._gone = gone
+        self._loop = asyncio.get_running_loop()
+        self._unpacker = Unpacker()
+        self._calls: dict[int, _HttpCall] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: list[bytes] = []
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's signature
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        for frame in self._unpacker.feed(data):
+            if frame.kind == Kind.ASK:
+                self._begin(self._answer(frame))
+            elif frame.kind == Kind.ABORT and (call := self._calls.get(frame.number)):
+                call.hang_up()
+            elif frame.kind == Kind.PING:
+                self._begin(self._pong(frame.number))
+
+    def send(self, frame: Frame) -> None:
+        """Send *frame* together with all others of this turn of the event loop."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(pack(frame))
+
+    def _begin(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _flush(self) -> None:
+        self._transport.write(b"".join(self._waiting))
+        self._waiting.clear()
+
+    async def _answer(self, frame: Frame) -> None:
+        path, _, body = frame.body.partition(b"\n")
+        call = self._calls[frame.number] = _HttpCall(
+            path.decode(), body, on_event=lambda data: self.send(Frame(Kind.EVENT, frame.number, data))
+        )
+        try:
+            await call.run(self._app)
+        except Exception:  # noqa: BLE001 - Starlette answers 500 and raises again, for a server to log
+            traceback.print_exc()
+        finally:
+            del self._calls[frame.number]
+        self.send(Frame(Kind.ANSWER, frame.number, b"%d\n%b" % (call.status, call.content)))
+
+    async def _pong(self, number: int) -> None:
+        await self._core.ask(lambda: None)
+        self.send(Frame(Kind.ANSWER, number, b"200\n"))
+
+
+class _HttpCall:
+    """One request to an ASGI application, with a client that may hang up."""
+
+    def __init__(self, path: str, body: bytes, *, on_event: Callable[[bytes], object]) -> None:
+        self.status = 500
+        self.content = b""
+        self._on_event = on_event
+        self._streams = False
+        self._body: bytes | None = body
+        self._path = path
+        self._hung_up = asyncio.Event()
+
+    async def run(self, app: Any) -> None:
+        """Make the call and keep the answer."""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": self._path,
+            "raw_path": self._path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+            "client": None,
+            "server": None,
+            "state": {},
+        }
+        await app(scope, self._receive, self._send)
+
+    def hang_up(self) -> None:
+        """Tell the application that nobody waits any more; it aborts the request in the engine."""
+        self._hung_up.set()
+
+    async def _receive(self) -> MutableMapping[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._streams = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+        elif self._streams:
+            for line in message.get("body", b"").split(b"\n"):  # vLLM gives whole events, each one line of data
+                if line.startswith(b"data:"):
+                    self._on_event(line.removeprefix(b"data:").strip())
+        else:
+            self.content += message.get("body", b"")

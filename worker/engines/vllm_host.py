@@ -1,0 +1,494 @@
+"""
+Runs vLLM's models as forks of one process that has vLLM imported: seconds instead of half a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+
+import worker
+from common.errors import EngineDied, EngineNotReady, EngineTimeout, LoadFailed, OutOfMemory
+from worker.catalog.spec import EngineKind
+from worker.engines.assemble import complete, join
+from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, Loaded, OnChunk, StopSignal
+from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
+from worker.engines.environment import engine_environment
+from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory
+from worker.engines.interpret import completion_of, interpret, read_chunk
+from worker.engines.measure import read_vllm
+from worker.engines.process import EngineProcess, Launch
+from worker.engines.server_engine import END_S, FilesOf
+from worker.engines.vllm_server import command, environment
+from worker.selection.placement import Placement
+
+PING_S = 30.0  # an engine that does not come by for so long hangs; one step on a slow CPU takes a few seconds
+HOST_START_S = 120.0  # imports alone; 10-30 s on two cores
+RESPAWN_PAUSE_S = 5.0  # after the host ended by itself, perhaps because it cannot import vLLM
+POLL_S = 0.02
+LOG_BYTES = 1024 * 1024
+RECEIVE_BYTES = 256 * 1024
+LAST_EVENT = b"[DONE]"
+
+
+class VllmHostEngine:
+    """
+    An `Engine`: vLLM, one process per model, forked from a host that starts with this object.
+
+    | goes          | noticed through                        | then                                        |
+    | ------------- | -------------------------------------- | ------------------------------------------- |
+    | an engine     | the host, which tells how it ended     | its requests raise EngineDied, state is DEAD |
+    | the host      | its engines die with it                | the same for each; a new host is started    |
+    | the worker    | the host's guard                       | everything is ended                         |
+
+    Parameters
+    ----------
+    run_dir
+        A short private path for sockets and logs; made if it is not there.
+    files_of
+        Finds a model's files; raises ModelMissing.
+    python
+        The interpreter that has vLLM, as `find_python` gives it.
+    several_cards
+        Runs what needs more than one card: vLLM then has processes of its own for each.
+    cpu_count
+        Cores that a model on the CPU may use.
+    """
+
+    kind: ClassVar[EngineKind] = EngineKind.VLLM
+
+    def __init__(
+        self, *, run_dir: Path, files_of: FilesOf, python: Path, several_cards: Engine, cpu_count: int | None = None
+    ) -> None:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._run_dir = run_dir.absolute()
+        self._files_of = files_of
+        self._several_cards = several_cards
+        self._cpu_count = cpu_count or os.cpu_count() or 1
+        self._engines: dict[str, _HostedEngine] = {}
+        self._locks: dict[str, threading.Lock] = {}  # one per model: a start and a stop never interleave
+        self._closed = threading.Event()
+        self._python = python
+        self._host = self._start_host()
+        threading.Thread(target=self._keep_host, name="engine-host", daemon=True).start()
+
+    def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
+        """Make the model answer; see `Engine`."""
+        if placement.tensor_parallel_size > 1:
+            return self._several_cards.ensure_ready(placement, timeout_s=timeout_s)
+        model_id, began = placement.model_id, time.monotonic()
+        deadline = began + timeout_s
+        with self._lock(model_id, timeout_s):
+            engine = self._engines.get(model_id)
+            if engine is not None and engine.ready and engine.answers(within_s=min(PING_S, timeout_s)):
+                return engine.loaded(seconds=0.0)
+            self._end(model_id, timeout_s=END_S)
+
+            files = self._files_of(placement.spec)
+            engine = self._engines[model_id] = _HostedEngine(model_id, log=self._run_dir / f"{model_id}.log")
+            line = command(placement, python=self._python, model=files, socket=Path())
+            try:
+                engine.start(
+                    self._host,
+                    arguments=line[line.index("--model") :],
+                    env=environment({}, placement, model=files, cpu_count=self._cpu_count),
+                    deadline=deadline,
+                )
+            except BaseException:
+                self._end(model_id, timeout_s=END_S)
+                raise
+            return engine.loaded(seconds=time.monotonic() - began)
+
+    def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
+        """End the model's process tree; see `Engine`."""
+        deadline = time.monotonic() + timeout_s
+        self._several_cards.ensure_stopped(model_id, timeout_s=timeout_s)
+        if engine := self._engines.get(model_id):
+            engine.kill()  # before the lock: a load under way ends now and lets the lock go
+        with self._lock(model_id, timeout_s):
+            self._end(model_id, timeout_s=max(0.0, deadline - time.monotonic()))
+
+    def state(self, model_id: str) -> EngineState:
+        """What is known of *model_id*; see `Engine`."""
+        engine = self._engines.get(model_id)
+        if engine is None:
+            return self._several_cards.state(model_id)
+        if engine.asked_to_stop:
+            return EngineState.STOPPED
+        if not engine.ready:
+            return EngineState.STARTING
+        return EngineState.DEAD if engine.ended else EngineState.READY
+
+    def generate(self, model_id: str, call: Call, stop: StopSignal) -> Completion:
+        """Answer one request; see `Engine`."""
+        engine = self._engines.get(model_id)
+        if engine is None:
+            return self._several_cards.generate(model_id, call, stop)
+        if self.state(model_id) is not EngineState.READY:
+            raise EngineNotReady(f"{model_id} is {self.state(model_id)} on this worker; the job waits for its turn.")
+        return engine.generate(call, stop)
+
+    def spare_bytes(self) -> int | None:
+        """Resident bytes of the host itself, which stands ready also when no model is loaded; None without one."""
+        return self._host.own_bytes()
+
+    def close(self) -> None:
+        """Stop every model and the host; see `Engine`."""
+        self._closed.set()
+        for model_id in list(self._engines):
+            self.ensure_stopped(model_id, timeout_s=END_S)
+        self._host.stop(timeout_s=END_S)
+        self._several_cards.close()
+
+    def _start_host(self) -> _Host:
+        # All cards: the host may not touch them, and each engine is shown its own.
+        env = {**engine_environment(os.environ, gpus=()), **_HOST_ENV}
+        del env["CUDA_VISIBLE_DEVICES"]
+        return _Host(run_dir=self._run_dir, python=self._python, env=env)
+
+    def _keep_host(self) -> None:
+        while not self._closed.is_set():
+            if self._host.wait_gone(timeout_s=1.0) and not self._closed.wait(RESPAWN_PAUSE_S):
+                self._host = self._start_host()
+
+    def _end(self, model_id: str, *, timeout_s: float) -> None:
+        if engine := self._engines.get(model_id):
+            engine.stop(timeout_s=timeout_s)
+            del self._engines[model_id]
+
+    @contextmanager
+    def _lock(self, model_id: str, timeout_s: float) -> Iterator[None]:
+        lock = self._locks.setdefault(model_id, threading.Lock())
+        if not lock.acquire(timeout=timeout_s):
+            raise EngineTimeout(f"{model_id} was being started or stopped by somebody else for {timeout_s:g} s.")
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+_HOST_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else vLLM on the CPU wants a worker process besides
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",  # a fork after an OpenMP region may hang; each engine sets its own number
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # "is there a card?" without touching CUDA
+}
+
+
+class _Host(EngineProcess):
+    """The host's process tree; the engines are in it too, so its guard ends them all."""
+
+    def __init__(self, *, run_dir: Path, python: Path, env: dict[str, str]) -> None:
+        def launch(path: Path) -> Launch:
+            # vLLM's Python sees this one package of ours, and nothing else that lies beside it.
+            imports = path.parent / "import"
+            imports.mkdir()
+            (imports / "worker").symlink_to(Path(worker.__file__).parent)
+            line = [str(python), "-m", "worker.engines.vllm_host_main", str(path)]
+            return Launch(command=line, env={**env, "PYTHONPATH": str(imports)})
+
+        super().__init__(name="vllm-host", run_dir=run_dir, launch=launch)
+
+    def connect(self, *, give_up: threading.Event, deadline: float) -> socket.socket:
+        """
+        Connect to the host, waiting until it has imported vLLM.
+
+        Raises
+        ------
+        LoadFailed
+            The host ended, or is not there by *deadline* (monotonic), or *give_up* was set.
+        """
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(str(self.socket))
+            except OSError:
+                connection.close()
+            else:
+                return connection
+            if self.wait_gone(timeout_s=0.0):
+                raise self._end()
+            if give_up.wait(POLL_S):
+                raise LoadFailed("It was stopped while it was loading.")
+            if time.monotonic() >= deadline:
+                raise LoadFailed(f"vLLM was still being imported; its log: {self.log}. Raise SWITCH_TIMEOUT_S.")
+
+    def own_bytes(self) -> int | None:
+        """Resident bytes of the host without its engines."""
+        found = [process for process in self._tree() if process.ppid() == self._guard.pid]
+        try:
+            return int(found[0].memory_info().rss) if found else None
+        except psutil.Error:
+            return None
+
+
+class _HostedEngine:
+    """One engine as the worker sees it: a connection, and the process behind it."""
+
+    def __init__(self, name: str, *, log: Path) -> None:
+        self.name = name
+        self.log = log
+        self.ready = False
+        self.ended = False
+        self._kill_asked = threading.Event()
+        self._folder: Path | None = None
+        self._connection: socket.socket | None = None
+        self._process: psutil.Process | None = None
+        self._sending = threading.Lock()
+        self._numbers = count(1)
+        self._waiting: dict[int, tuple[Future[bytes], _Stream | None]] = {}  # callers, by number
+        self._news: queue.SimpleQueue[Frame] = queue.SimpleQueue()  # of the load: READY, FAILED, ENDED
+        self._gone = threading.Event()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Has somebody asked for its end?"""
+        return self._kill_asked.is_set()
+
+    def start(self, host: _Host, *, arguments: list[str], env: dict[str, str], deadline: float) -> None:
+        """
+        Have the host fork it, and wait until it answers.
+
+        Raises
+        ------
+        LoadFailed, OutOfMemory
+            See `Engine.ensure_ready`.
+        """
+        self._connection = host.connect(give_up=self._kill_asked, deadline=deadline)
+        self._folder = Path(tempfile.mkdtemp(prefix="c", dir=host.socket.parent))
+        order = Order(arguments=arguments, env=env, folder=str(self._folder), log=str(self.log))
+        self._connection.sendall(pack(Frame(Kind.START, body=order.pack())))
+        threading.Thread(target=self._read, name=f"engine-{self.name}", daemon=True).start()
+        said: str | None = None
+        while True:
+            try:
+                news = self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise LoadFailed(
+                    f"{self.name} did not become ready in time. {explain_failure(self._log_text())} "
+                    f"Its whole log: {self.log}. If it was only slow, raise SWITCH_TIMEOUT_S."
+                ) from None
+            if news.kind == Kind.READY:
+                self.ready = True
+                return
+            if news.kind == Kind.FAILED:
+                said = " ".join(news.body.decode(errors="replace").split())
+            else:
+                raise self._failure(said, int(news.body) if news.body else None)
+
+    def answers(self, *, within_s: float) -> bool:
+        """Does the engine's loop still come by?"""
+        if self.ended:
+            return False
+        number, answer = self._send(Kind.PING, b"")
+        try:
+            answer.result(within_s)
+        except (TimeoutError, EngineDied):
+            return False
+        finally:
+            self._waiting.pop(number, None)
+        return True
+
+    def generate(self, call: Call, stop: StopSignal) -> Completion:
+        """Answer one request; see `Engine`."""
+        if stop.reason is not None:
+            raise JobStopped(stop.reason)
+        began = time.monotonic()
+        stream = None if call.on_chunk is None else _Stream(call.on_chunk)
+        number, answer = self._send(Kind.ASK, call.path.encode() + b"\n" + json.dumps(call.body).encode(), stream)
+        stop.on_stop(answer.cancel)
+        try:
+            status, _, content = answer.result(call.timeout_s).partition(b"\n")
+        except CancelledError:
+            raise JobStopped(stop.reason or "") from None
+        except TimeoutError:
+            raise EngineTimeout(
+                f"The engine did not answer within {call.timeout_s:g} s. Ask for fewer tokens, or raise JOB_TIMEOUT_S."
+            ) from None
+        finally:
+            if self._waiting.pop(number, None) is not None:
+                self._transmit(Frame(Kind.ABORT, number))  # given up, for whatever reason
+        run_s = time.monotonic() - began
+        if stream is not None and stream.began:
+            return completion_of(stream.whole(), run_s=run_s)
+        return interpret(status=int(status), content=content, run_s=run_s)
+
+    def loaded(self, *, seconds: float) -> Loaded:
+        """Say what the load measured."""
+        tree = self._tree()
+        return Loaded(
+            seconds=seconds,
+            pids=tuple(process.pid for process in tree),
+            rss_bytes=_private_bytes(tree),
+            measured=read_vllm(self._log_text()),
+            details={"log": str(self.log)},
+        )
+
+    def kill(self) -> None:
+        """Begin to end it, without waiting; nothing of an engine is worth saving."""
+        self._kill_asked.set()
+        tree = self._tree()
+        if tree:
+            with suppress(ProcessLookupError):
+                os.killpg(tree[0].pid, signal.SIGKILL)  # its group too: what has lost its parent is still in that
+        for process in tree:
+            with suppress(psutil.Error):
+                process.kill()
+
+    def stop(self, *, timeout_s: float) -> None:
+        """
+        End it and see every process gone.
+
+        Raises
+        ------
+        EngineTimeout
+            Some process is still there after *timeout_s* and SIGKILL.
+        """
+        deadline = time.monotonic() + timeout_s
+        tree = self._tree()
+        self.kill()
+        if self._connection is not None:
+            self._gone.wait(timeout_s)  # also a process that we do not know yet: it is killed as it says its pid
+        _, left = psutil.wait_procs(tree, timeout=max(0.0, deadline - time.monotonic()))
+        if self._connection is not None:
+            self._connection.close()
+        if left:
+            raise EngineTimeout(
+                f"{self.name}: processes {sorted(process.pid for process in left)} are still there {timeout_s:g} s "
+                "after SIGKILL. A process that cannot be killed waits for a driver or a disk: look at dmesg; "
+                "the machine may need a restart."
+            )
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, kind: Kind, body: bytes, stream: _Stream | None = None) -> tuple[int, Future[bytes]]:
+        number, answer = next(self._numbers), Future[bytes]()
+        self._waiting[number] = answer, stream
+        self._transmit(Frame(kind, number, body))
+        if self.ended:  # looked at after the caller is in its place: either we see the end, or the reader sees us
+            self._settle(number, self._died())
+        return number, answer
+
+    def _transmit(self, frame: Frame) -> None:
+        assert self._connection is not None  # noqa: S101 - it was started
+        with self._sending, suppress(OSError):  # broken: the reader sees that too, and tells every caller
+            self._connection.sendall(pack(frame))
+
+    def _read(self) -> None:
+        """Hand out what the engine says, until it has ended."""
+        assert self._connection is not None  # noqa: S101 - it was started
+        unpacker, code = Unpacker(), b""
+        with suppress(OSError):
+            while not code and (data := self._connection.recv(RECEIVE_BYTES)):
+                for frame in unpacker.feed(data):
+                    if frame.kind == Kind.ANSWER:
+                        self._settle(frame.number, frame.body)
+                    elif frame.kind == Kind.EVENT:
+                        self._stream(frame)
+                    elif frame.kind == Kind.STARTED:
+                        self._process = psutil.Process(int(frame.body))
+                        if self.asked_to_stop:
+                            self.kill()
+                    elif frame.kind == Kind.ENDED:
+                        code = frame.body
+                    else:
+                        self._news.put(frame)
+        self.ended = True
+        self._gone.set()
+        for number in list(self._waiting):
+            self._settle(number, self._died())
+        self._news.put(Frame(Kind.ENDED, body=code))
+
+    def _settle(self, number: int, answer: bytes | Exception) -> None:
+        future, _ = self._waiting.pop(number, (None, None))
+        if future is None:
+            return  # given up meanwhile
+        with suppress(InvalidStateError):  # in this very moment
+            if isinstance(answer, bytes):
+                future.set_result(answer)
+            else:
+                future.set_exception(answer)
+
+    def _stream(self, frame: Frame) -> None:
+        future, stream = self._waiting.get(frame.number, (None, None))
+        if future is None or stream is None:
+            return
+        try:
+            stream.take(frame.body)
+        except Exception as error:  # noqa: BLE001 - it is the caller's: an error of the engine, or of its listener
+            with suppress(InvalidStateError):
+                future.set_exception(error)  # the caller aborts
+
+    def _died(self) -> EngineDied:
+        return EngineDied(f"The engine of {self.name} ended while it worked on the job; its log: {self.log}.")
+
+    def _failure(self, said: str | None, code: int | None) -> LoadFailed:
+        """Say how a load ended."""
+        if self.asked_to_stop:
+            return LoadFailed(f"{self.name} was stopped while it was loading.")
+        log = self._log_text()
+        killed = " It was killed, perhaps by the kernel for want of memory: `dmesg` says so." if code == KILLED else ""
+        why = f"It said: {said.rstrip('.')}." if said else explain_failure(log)
+        message = f"{self.name} ended while it was loading (exit code {code}).{killed} {why} Its whole log: {self.log}."
+        return OutOfMemory(message) if ran_out_of_memory(f"{said}\n{log}", code) else LoadFailed(message)
+
+    def _log_text(self) -> str:
+        """The beginning of what it printed; empty if nothing is there."""
+        try:
+            with self.log.open("rb") as log:
+                return log.read(LOG_BYTES).decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            return [] if self._process is None else [self._process, *self._process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+class _Stream:
+    """The chunks of one answer on their way to the one who asked."""
+
+    def __init__(self, on_chunk: OnChunk) -> None:
+        self.began = False
+        self._on_chunk = on_chunk
+        self._joined: dict[str, Any] = {}
+        self._last = b""
+
+    def take(self, event: bytes) -> None:
+        """Hand on one event; raises what it says, if that is an error (see `read_chunk`)."""
+        self.began, self._last = True, event
+        if event != LAST_EVENT:
+            chunk = read_chunk(event)
+            join(self._joined, chunk)
+            self._on_chunk(chunk)
+
+    def whole(self) -> dict[str, Any]:
+        """Give the whole response; raises EngineDied if the end is missing."""
+        if self._last != LAST_EVENT:
+            raise EngineDied("The engine's stream ended in the middle of the answer.")
+        return complete(self._joined)
+
+
+def _private_bytes(tree: list[psutil.Process]) -> int | None:
+    """What the machine gets back when *tree* ends: a fork shares most of vLLM's code with the host."""
+    try:
+        return int(sum(process.memory_full_info().uss for process in tree))
+    except psutil.Error:
+        return None
