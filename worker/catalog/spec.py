@@ -41,6 +41,8 @@ class ModelSpec:
     revision: str | None = None
     quantization: str | None = None  # None = as the files say
     capabilities: frozenset[str] = frozenset({"chat"})  # chat, tools, vision, thinking, json, embedding
+    tool_parser: str | None = None  # vLLM's name for how the model writes tool calls; None = it cannot read them
+    reasoning_parser: str | None = None  # vLLM's name for how it marks its thoughts; None = they stay in the answer
     trust_remote_code: bool = False
     licence: str | None = None
 

@@ -37,6 +37,8 @@ class _Entry(BaseModel):
     revision: str | None = None
     quantization: str | None = None
     capabilities: frozenset[Capability] = frozenset({"chat"})
+    tool_parser: _Name | None = None
+    reasoning_parser: _Name | None = None
     trust_remote_code: bool = False
     licence: str | None = None
     weights_bytes: PositiveInt | None = None

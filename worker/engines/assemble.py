@@ -37,8 +37,9 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     if "delta" not in choice:
         return dict(choice)  # of a completion: its text stands in the choice itself
     message = {"role": "assistant", "content": None, **choice["delta"]}
+    if len(message) > len(("role", "content")):
+        message["content"] = message["content"] or None  # "" only opened the stream: it went on with something else
     if message.get("tool_calls"):
-        message["content"] = message["content"] or None  # "" only opened the stream
         message["tool_calls"] = [
             {key: value for key, value in call.items() if key != "index"} for call in message["tool_calls"]
         ]

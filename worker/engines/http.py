@@ -168,6 +168,8 @@ class EngineHttp:
         assert task is not None  # noqa: S101 - a coroutine that runs on a loop is a task
         self._calls.add(task)
         headers = {"Content-Type": "application/json"}
+        if on_event is not None:
+            headers["Connection"] = "close"  # llama.cpp ends a connection some time after a stream, and does not say so
         try:
             async with (
                 asyncio.timeout(timeout_s),

@@ -9,13 +9,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from common.errors import EngineDied, EngineFailed, EngineNotReady, EngineTimeout
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.assemble import complete, join
-from worker.engines.base import Call, Completion, EngineState, Loaded, StopSignal
+from worker.engines.base import Call, Completion, EngineState, Loaded, OnChunk, StopSignal
 from worker.engines.http import EngineHttp
 from worker.engines.interpret import completion_of, interpret, read_chunk
 from worker.engines.process import EngineProcess, Launch
@@ -105,13 +106,7 @@ class ServerEngine(ABC):
             raise EngineNotReady(f"{model_id} is {self.state(model_id)} on this worker; the job waits for its turn.")
         began = time.monotonic()
         whole: dict[str, Any] = {}
-
-        def take(event: bytes) -> None:
-            chunk = read_chunk(event)
-            join(whole, chunk)
-            if call.on_chunk is not None:
-                call.on_chunk(chunk)
-
+        take = None if call.on_chunk is None else partial(_take, whole, call.on_chunk)
         try:
             answer = self._http.post(
                 process.socket, call.path, call.body, timeout_s=call.timeout_s, stop=stop, on_event=take
@@ -159,3 +154,10 @@ class ServerEngine(ABC):
             yield
         finally:
             lock.release()
+
+
+def _take(whole: dict[str, Any], on_chunk: OnChunk, event: bytes) -> None:
+    """Add what came to *whole*, and hand it on."""
+    chunk = read_chunk(event)
+    join(whole, chunk)
+    on_chunk(chunk)

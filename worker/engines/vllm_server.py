@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from common.errors import EngineMissing
 from common.settings import VllmSettings
-from worker.catalog.spec import EngineKind
+from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.environment import engine_environment
 from worker.engines.measure import read_vllm
 from worker.engines.process import Launch
@@ -81,6 +81,18 @@ def command(placement: Placement, *, python: Path, model: Path | str, socket: Pa
         line += ["--revision", spec.revision]
     if spec.trust_remote_code:
         line += ["--trust-remote-code"]
+    return line + _interface(spec)
+
+
+def _interface(spec: ModelSpec) -> list[str]:
+    """The flags for what the model's answers are: embeddings, tool calls and thoughts to be told from the text."""
+    line: list[str] = []
+    if "embedding" in spec.capabilities:
+        line += ["--runner", "pooling"]
+    if spec.tool_parser is not None:
+        line += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_parser]
+    if spec.reasoning_parser is not None:
+        line += ["--reasoning-parser", spec.reasoning_parser]
     return line
 
 
