@@ -17,11 +17,11 @@ import pytest
 from common.errors import EngineDied, EngineNotReady, EngineTimeout, InvalidRequest, LoadFailed, PromptTooLong
 from common.settings import LlamaCppSettings
 from tests.factories import make_placement, make_spec
-from tests.models import make_tiny_hf
 from tests.vllm_here import vllm_python
 from tests.waiting import eventually
 from worker.catalog.local import read_facts
 from worker.catalog.spec import EngineKind, ModelSpec
+from worker.demo.tiny_hf import make_tiny_hf
 from worker.demo.tiny_models import make_tiny_gguf
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server

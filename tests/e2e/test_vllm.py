@@ -11,9 +11,9 @@ import pytest
 
 from common.schemas import JobState
 from tests.e2e.conftest import Box
-from tests.models import make_tiny_hf
 from tests.vllm_here import vllm_python
 from tests.waiting import eventually
+from worker.demo.tiny_hf import make_tiny_hf
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 

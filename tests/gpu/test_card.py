@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from common.settings import Settings
-from tests.models import make_tiny_hf
 from tests.waiting import eventually
 from worker.catalog.download import resolve_files
 from worker.catalog.local import spec_from_path
+from worker.demo.tiny_hf import make_tiny_hf
 from worker.engines.base import Call, StopSignal
 from worker.engines.measure import count_bytes
 from worker.engines.vllm_server import VllmServerEngine, find_python

@@ -13,10 +13,10 @@ import pytest
 
 from common.schemas import SwitchRecord
 from tests.factories import make_placement, make_spec
-from tests.models import make_tiny_hf
 from tests.vllm_here import vllm_python
 from worker.catalog.local import read_facts
 from worker.catalog.spec import EngineKind, ModelSpec
+from worker.demo.tiny_hf import make_tiny_hf
 from worker.engines.vllm_server import VllmServerEngine
 from worker.hardware.stub import NoGpuReader
 from worker.memory.measured import Measured

@@ -12,9 +12,9 @@ import pytest
 
 from common.errors import BadSetting, ModelMissing
 from common.settings import Settings
-from tests.models import make_tiny_hf
 from worker.catalog.safetensors_header import read_safetensors_folder
 from worker.catalog.toml_file import load_catalogue
+from worker.demo.tiny_hf import make_tiny_hf
 from worker.demo.tiny_models import make_tiny_gguf
 from worker.estimates import answer_lines, answer_named
 from worker.memory.case import Answer
