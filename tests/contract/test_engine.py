@@ -26,6 +26,7 @@ from worker.demo.tiny_models import make_tiny_gguf
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.stub import StubEngine
+from worker.engines.vllm_host import VllmHostEngine
 from worker.engines.vllm_server import VllmServerEngine
 from worker.memory.estimate_llamacpp import LlamaCppEstimate, LlamaCppOptions, estimate_llamacpp
 from worker.selection.fit_llamacpp import gguf_model
@@ -87,13 +88,13 @@ def stub_kit(_: Path) -> Kit:
     )
 
 
-def server_kit(engine: Engine, spec: ModelSpec) -> Kit:
+def server_kit(engine: Engine, spec: ModelSpec, *, guards: int = 1) -> Kit:
     placement = make_placement(spec.id, spec=spec, max_model_len=LENGTH, max_num_seqs=SLOTS, kv_cache_bytes=256 * 2**20)
 
     def workers() -> list[psutil.Process]:
-        """The engine's processes without the guard; the last ones compute."""
+        """The engine's processes without a guard of its own; the last ones compute."""
         loaded = engine.ensure_ready(placement, timeout_s=START_S)
-        return [psutil.Process(pid) for pid in loaded.pids[1:]]
+        return [psutil.Process(pid) for pid in loaded.pids[guards:]]
 
     def working() -> bool:
         return any(process.cpu_percent(interval=0.1) > 20 for process in workers())
@@ -110,11 +111,26 @@ def llamacpp_kit(folder: Path) -> Kit:
     return server_kit(engine, spec)
 
 
-def vllm_kit(folder: Path) -> Kit:
-    model = make_tiny_hf(folder / "tiny-hf", context=LENGTH)
-    spec = make_spec("tiny-hf", engine=EngineKind.VLLM, path=model, repo=None, file=None)
-    engine = VllmServerEngine(run_dir=folder / "run", files_of=files_of, python=vllm_python())
-    return server_kit(engine, spec)
+def tiny_hf(folder: Path, *, context: int = LENGTH) -> ModelSpec:
+    model = make_tiny_hf(folder / "tiny-hf", context=context)
+    return make_spec("tiny-hf", engine=EngineKind.VLLM, path=model, repo=None, file=None)
+
+
+def vllm_server(folder: Path) -> Engine:
+    return VllmServerEngine(run_dir=folder / "run", files_of=files_of, python=vllm_python())
+
+
+def vllm_host(folder: Path) -> Engine:
+    """On one card or the CPU; what needs several is the server's, and no test's here."""
+    return VllmHostEngine(run_dir=folder / "run", files_of=files_of, python=vllm_python(), several_cards=StubEngine())
+
+
+def vllm_server_kit(folder: Path) -> Kit:
+    return server_kit(vllm_server(folder), tiny_hf(folder))
+
+
+def vllm_host_kit(folder: Path) -> Kit:
+    return server_kit(vllm_host(folder), tiny_hf(folder), guards=0)
 
 
 def files_of(spec: ModelSpec) -> Path:
@@ -125,7 +141,8 @@ def files_of(spec: ModelSpec) -> Path:
 KITS = [
     pytest.param(stub_kit, id="stub"),
     pytest.param(llamacpp_kit, id="llamacpp"),
-    pytest.param(vllm_kit, id="vllm", marks=pytest.mark.vllm),
+    pytest.param(vllm_server_kit, id="vllm-server", marks=pytest.mark.vllm),
+    pytest.param(vllm_host_kit, id="vllm-host", marks=pytest.mark.vllm),
 ]
 
 
@@ -346,14 +363,15 @@ def test_a_cache_of_8_bits_is_about_half_as_large(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_a_length_beyond_the_model_fails_to_load_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [vllm_server, vllm_host], ids=["server", "host"])
+def test_a_length_beyond_the_model_fails_to_load_with_the_reason(
+    tmp_path: Path, make: Callable[[Path], Engine]
+) -> None:
     """The words of vLLM itself reach the operator, and not the generic line that ends its log."""
-    model = make_tiny_hf(tmp_path / "hf", context=2048)
-    spec = make_spec("short", engine=EngineKind.VLLM, path=model, repo=None, file=None)
-    engine = VllmServerEngine(run_dir=tmp_path / "run", files_of=files_of, python=vllm_python())
+    engine, spec = make(tmp_path), tiny_hf(tmp_path, context=2048)
 
     with pytest.raises(LoadFailed, match=r"User-specified max_model_len \(100000\) is greater than"):
         engine.ensure_ready(make_placement("short", spec=spec, max_model_len=100_000), timeout_s=START_S)
 
-    assert engine.state("short") is EngineState.STOPPED
+    assert engine.state(spec.id) is EngineState.STOPPED
     engine.close()
