@@ -48,6 +48,7 @@ class VllmSettings(_Group):
     max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and answer together")
     gpu_memory_utilization: float = Field(0.0, ge=0, le=1, description="share of the card; 0 = computed")
     tensor_parallel_size: int | None = Field(None, ge=1, description="cards that share each layer")
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="requests that vLLM works on at once")
     force: bool = Field(False, description="load VLLM_MODEL even if the arithmetic says it cannot fit")
     python: Path | None = Field(None, description="the Python that has vLLM; unset = .venv-vllm, then our own")
 

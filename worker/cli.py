@@ -28,6 +28,7 @@ from common.schemas import HardwareStatus, JobRequest, Outcome
 from common.settings import Settings
 from worker import show
 from worker.alive import is_alive
+from worker.bench.commands import app as bench
 from worker.embedded_redis import EmbeddedRedis, free_port, given_url, usual_or_free_port
 from worker.programs import programs
 from worker.supervisor import Supervisor
@@ -42,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One GPU, many models, one queue.",
 )
+app.add_typer(bench, name="bench")
 _out = Console()
 _err = Console(stderr=True)
 

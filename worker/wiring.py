@@ -41,6 +41,7 @@ from worker.delivery.lease import Lease
 from worker.engines.base import Engine
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.llamacpp_server import find_version as find_llamacpp_version
+from worker.engines.orphans import claim, end_abandoned, end_orphans
 from worker.engines.stub import StubEngine
 from worker.engines.vllm_server import VllmServerEngine, find_python, find_version
 from worker.hardware.detect import Detected, open_reader
@@ -71,6 +72,7 @@ logger = get_logger(__name__)
 
 _SWITCH_EXPIRES_S = 60.0  # a switch task that nobody took by then is worthless: the heart has asked again
 _ROUTER_THREADS = 4
+_RUN_DIR_PREFIX = "sw-"
 
 
 # --- What is here, and what can it serve? -----------------------------------------------------------------
@@ -173,6 +175,7 @@ def _overrides(settings: Settings, model: str | ModelSpec | None) -> Overrides:
         max_model_len=settings.vllm.max_model_len,
         gpu_memory_utilization=settings.vllm.gpu_memory_utilization,
         tensor_parallel_size=settings.vllm.tensor_parallel_size,
+        max_num_seqs=settings.vllm.max_num_seqs,
         llamacpp_parallel=settings.llamacpp.parallel,
         n_gpu_layers=_gpu_layers(settings),
         vllm_version=_vllm_version(settings),
@@ -252,6 +255,7 @@ def run_worker(settings: Settings) -> int:
 
     with ExitStack() as leaving:
         run_dir = _run_dir(settings, leaving)
+        end_orphans(run_dir)
         return _Worker(settings, found, run_dir).run()
 
 
@@ -267,7 +271,7 @@ class _Worker:
 
         choice = found.choice
         placements = {placement.model_id: placement for placement in choice.placements}
-        engines = _build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
+        engines = build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
         board = ResidencyBoard(capacity=_capacity(found.machine), max_residents=settings.switch.max_residents)
         history = SwitchHistory(lambda record: self._status.record(self._name, record))
         store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
@@ -369,7 +373,8 @@ class _Worker:
         return {"shiftworker": status.model_dump(mode="json", exclude={"version", "worker"})}
 
 
-def _build_engines(settings: Settings, kinds: set[EngineKind], run_dir: Path) -> dict[EngineKind, Engine]:
+def build_engines(settings: Settings, kinds: set[EngineKind], run_dir: Path) -> dict[EngineKind, Engine]:
+    """Build the engines of these *kinds*, each with its sockets and logs in *run_dir*."""
     build: dict[EngineKind, Callable[[], Engine]] = {
         EngineKind.VLLM: lambda: VllmServerEngine(
             run_dir=run_dir, files_of=resolve_files, python=find_python(settings.vllm)
@@ -443,8 +448,13 @@ def _owner(name: str) -> str:
 
 
 def _run_dir(settings: Settings, leaving: ExitStack) -> Path:
+    """The folder of the settings, or one of this start alone; those of killed workers go."""
     if settings.worker.run_dir is None:
-        return Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="sw-", ignore_cleanup_errors=True)))
+        end_abandoned(Path(tempfile.gettempdir()).glob(f"{_RUN_DIR_PREFIX}*"))
+        folder = tempfile.TemporaryDirectory(prefix=_RUN_DIR_PREFIX, ignore_cleanup_errors=True)
+        run_dir = Path(leaving.enter_context(folder))
+        leaving.enter_context(claim(run_dir))
+        return run_dir
     settings.worker.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return settings.worker.run_dir
 

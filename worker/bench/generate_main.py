@@ -1,0 +1,33 @@
+"""
+The baseline: runs in vLLM's Python, reads one order from stdin, prints one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main() -> None:
+    """Generate once to warm up, then all prompts at once, timed."""
+    from vllm import LLM, SamplingParams
+
+    order = json.load(sys.stdin)
+    llm = LLM(
+        model=order["model"],
+        max_model_len=order["max_model_len"],
+        max_num_seqs=order["max_num_seqs"],
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**28,
+        disable_log_stats=True,
+    )
+    params = SamplingParams(max_tokens=order["tokens"], temperature=0, ignore_eos=True)
+    llm.generate(order["prompts"][:8], params, use_tqdm=False)
+    began = time.perf_counter()
+    llm.generate(order["prompts"], params, use_tqdm=False)
+    print(json.dumps({"jobs_per_s": len(order["prompts"]) / (time.perf_counter() - began)}))
+
+
+if __name__ == "__main__":
+    main()

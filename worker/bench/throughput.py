@@ -1,0 +1,210 @@
+"""
+How many jobs a second go through the whole path, beside what vLLM's own `LLM.generate` does with the same prompts?
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import keys
+from common.client import JobClient
+from common.errors import EngineFailed, LoadFailed
+from common.redis_client import connect
+from common.schemas import JobRequest, WorkerState
+from common.settings import Settings
+from worker.bench import generate_main
+from worker.demo.tiny_hf import make_tiny_hf
+from worker.embedded_redis import EmbeddedRedis, free_port
+from worker.engines.vllm_server import find_python
+from worker.programs import programs
+from worker.supervisor import Supervisor
+
+_MODEL = "bench-tiny"
+_LENGTH = 512  # tokens
+_READY_S = 300.0
+_LOOK_S = 0.1
+_TRIED_PROMPTS = 200  # enough to tell which form of the baseline is the fastest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The same work for both sides."""
+
+    prompts: int
+    tokens: int
+    max_num_seqs: int
+
+    def texts(self) -> list[str]:
+        """Prompts that no prefix cache can join, because they differ from the first word."""
+        return [f"{number} hello world foo bar baz hello world foo" for number in range(self.prompts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Jobs a second, medians of the runs."""
+
+    queue_jobs_per_s: float  # from the first submit until the last outcome is stored
+    engine_jobs_per_s: float  # the fastest form of LLM.generate
+    one_at_a_time_jobs_per_s: float  # each job waits for the outcome of the one before
+    baseline: str  # which form that is
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """One way to run the baseline."""
+
+    in_process: bool
+    threads: int  # of OpenMP
+
+    def __str__(self) -> str:
+        return f"{'in process' if self.in_process else 'default'}, OMP_NUM_THREADS={self.threads}"
+
+
+def bench_throughput(
+    settings: Settings, folder: Path, load: Load, *, runs: int, tell: Callable[[str], None]
+) -> Throughput:
+    """Measure both sides in turns; the baseline is the fastest of its forms, found with a part of the prompts."""
+    model = make_tiny_hf(folder / _MODEL, context=_LENGTH)
+    python = find_python(settings.vllm)
+    few = Load(prompts=min(load.prompts, _TRIED_PROMPTS), tokens=load.tokens, max_num_seqs=load.max_num_seqs)
+    cores = os.cpu_count() or 1
+    forms = [_Form(in_process=how, threads=n) for how in (True, False) for n in sorted({1, max(1, cores - 1), cores})]
+    speeds = {form: _generate(python, model, few, form) for form in forms}
+    for form, speed in speeds.items():
+        tell(f"baseline, {form}: {speed:.1f} jobs/s with {few.prompts} prompts")
+    best = max(speeds, key=lambda form: speeds[form])
+
+    ours, theirs, singly = [], [], []
+    for run in range(1, runs + 1):
+        theirs.append(_generate(python, model, load, best))
+        with _system(settings, folder / f"run{run}", model, load) as (client, redis_url):
+            ours.append(_through_the_queue(client, redis_url, load))
+            singly.append(_one_at_a_time(client, few))
+        tell(f"run {run}: queue {ours[-1]:.1f} jobs/s, engine {theirs[-1]:.1f}, one at a time {singly[-1]:.1f}")
+    return Throughput(
+        queue_jobs_per_s=round(statistics.median(ours), 2),
+        engine_jobs_per_s=round(statistics.median(theirs), 2),
+        one_at_a_time_jobs_per_s=round(statistics.median(singly), 2),
+        baseline=str(best),
+        runs=runs,
+    )
+
+
+# --- The engine alone --------------------------------------------------------------------------------------
+
+
+def _generate(python: Path, model: Path, load: Load, form: _Form) -> float:
+    """Jobs a second of LLM.generate, without its start."""
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(form.threads),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if form.in_process else "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    order = {
+        "model": str(model),
+        "prompts": load.texts(),
+        "tokens": load.tokens,
+        "max_num_seqs": load.max_num_seqs,
+        "max_model_len": _LENGTH,
+    }
+    done = subprocess.run(
+        [str(python), generate_main.__file__], input=json.dumps(order), env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise EngineFailed(f"LLM.generate ended with {done.returncode}: {done.stderr[-500:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["jobs_per_s"])
+
+
+# --- The whole path ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _system(settings: Settings, folder: Path, model: Path, load: Load) -> Iterator[tuple[JobClient, str]]:
+    """Redis, router and worker with the model ready."""
+    folder.mkdir(parents=True)
+    redis = EmbeddedRedis(folder / "redis")
+    started = [
+        replace(program, env={**program.env, **_environment(model, load)})
+        for program in programs(settings, redis_url=redis.url, flower_port=free_port())
+        if program.name in {"router", "worker"}
+    ]
+    supervisor = Supervisor(started, log_dir=folder)
+    client = JobClient(redis.url)
+    try:
+        redis.start()
+        supervisor.start()
+        _wait_until_ready(client)
+        yield client, redis.url
+    finally:
+        client.close()
+        supervisor.stop()
+        redis.stop()
+
+
+def _environment(model: Path, load: Load) -> Mapping[str, str]:
+    return {
+        "VLLM_MODEL": str(model),
+        "VLLM_MAX_MODEL_LEN": str(_LENGTH),
+        "VLLM_MAX_NUM_SEQS": str(load.max_num_seqs),
+        "WORKER_CONCURRENCY": str(load.max_num_seqs),
+        "LOG_LEVEL": "warning",
+    }
+
+
+def _wait_until_ready(client: JobClient) -> None:
+    deadline = time.monotonic() + _READY_S
+    while not any(worker.residents and worker.state is WorkerState.IDLE for worker in client.hardware()):
+        if time.monotonic() >= deadline:
+            raise LoadFailed(f"The model was not ready within {_READY_S:.0f} s.")
+        time.sleep(_LOOK_S)
+
+
+def _through_the_queue(client: JobClient, redis_url: str, load: Load) -> float:
+    """Jobs a second from the first submit until the last outcome is stored."""
+    requests = [_request(text, load) for text in load.texts()]
+    began = time.monotonic()
+    ids = [client.submit(request) for request in requests]
+    _wait_for_all(redis_url, ids)
+    seconds = time.monotonic() - began
+    _check(client, ids)
+    return len(ids) / seconds
+
+
+def _one_at_a_time(client: JobClient, load: Load) -> float:
+    texts = load.texts()[: max(1, load.prompts // 10)]
+    began = time.monotonic()
+    for text in texts:
+        client.wait(client.submit(_request(text, load)), timeout=_READY_S)
+    return len(texts) / (time.monotonic() - began)
+
+
+def _request(text: str, load: Load) -> JobRequest:
+    return JobRequest.parse(
+        {"model": _MODEL, "prompt": text, "max_tokens": load.tokens, "temperature": 0, "ignore_eos": True}
+    )
+
+
+def _wait_for_all(redis_url: str, ids: list[str]) -> None:
+    """Wait for the outcomes with one command at each look: the waiting must not take the engine's core."""
+    redis = connect(redis_url)
+    names = [keys.outcome(job_id) for job_id in ids]
+    while redis.exists(*names) < len(names):
+        time.sleep(_LOOK_S)
+
+
+def _check(client: JobClient, ids: list[str]) -> None:
+    failed = [outcome for job_id in ids if (outcome := client.wait(job_id, timeout=1)).error is not None]
+    if failed:
+        raise EngineFailed(f"{len(failed)} of {len(ids)} jobs failed, the first with: {failed[0].error}")
