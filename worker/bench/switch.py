@@ -49,7 +49,7 @@ def bench_switch(
     """
     Switch between two tiny models and restart vLLM's server between them, in turns.
 
-    *ours* is this worker's engine for vLLM. Neither model is resident before its switch: it was ended by the one before.
+    *ours* is this worker's engine for vLLM. Neither model is resident before its switch: the one before ended it.
     """
     reader = open_reader(settings.worker).reader
     placements = _two_placements(folder, reader)
