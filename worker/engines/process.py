@@ -24,8 +24,8 @@ import psutil
 from common.errors import BadSetting, EngineTimeout, LoadFailed, OutOfMemory
 from worker.engines import guard
 from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory
+from worker.engines.orphans import MARKER, Tree, claim, write_down
 
-MARKER = "SHIFTWORKER_ENGINE"  # in the environment of every process of a tree: how a lost one is found
 SOCKET_PATH_BYTES = 103  # sun_path on macOS; Linux has 107
 POLL_S = 0.05
 PROBE_TIMEOUT_S = 2.0  # a health check that takes longer means "not yet"
@@ -67,6 +67,7 @@ class EngineProcess:
         self._gone = threading.Event()  # no process of the tree is left
 
         launched = launch(self.socket)
+        self._claim = claim(self._folder)
         temporary = self._folder / "tmp"
         temporary.mkdir()
         with self.log.open("wb") as output:
@@ -79,6 +80,9 @@ class EngineProcess:
                 env={**launched.env, "TMPDIR": str(temporary), MARKER: self._marker},
                 start_new_session=True,
             )
+        # Should we and the guard be killed in the same instant, the next start of a worker finds what is left.
+        started = psutil.Process(self._guard.pid).create_time()
+        write_down(self._claim, Tree(marker=self._marker, guard=self._guard.pid, started=started))
         threading.Thread(target=self._watch, name=f"engine-watch-{name}", daemon=True).start()
 
     @property
@@ -195,6 +199,7 @@ class EngineProcess:
                     continue
             time.sleep(POLL_S)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._claim.close()
         if self._guard.stdin is not None:
             self._guard.stdin.close()
         self._gone.set()
