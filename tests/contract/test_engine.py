@@ -4,8 +4,9 @@ What every engine promises, shown on each: the stub, llama.cpp and vLLM, the las
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from worker.catalog.local import read_facts
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.demo.tiny_hf import make_tiny_hf
 from worker.demo.tiny_models import make_tiny_gguf
-from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
+from worker.engines.assemble import complete, join
+from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, OnChunk, StopSignal
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.stub import StubEngine
 from worker.engines.vllm_host import VllmHostEngine
@@ -56,7 +58,13 @@ class Kit:
         self.engine.ensure_ready(self.placement, timeout_s=START_S)
 
     def ask(
-        self, content: str = "hello", *, tokens: int = 8, timeout_s: float = 60, stop: StopSignal | None = None
+        self,
+        content: str = "hello",
+        *,
+        tokens: int = 8,
+        timeout_s: float = 60,
+        stop: StopSignal | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> Completion:
         """A chat of exactly *tokens* tokens, where the engine can promise that."""
         body = {
@@ -64,16 +72,26 @@ class Kit:
             "messages": [{"role": "user", "content": content}],
             "max_tokens": tokens,
             "ignore_eos": True,
+            "temperature": 0,
         }
-        return self.post(body, timeout_s=timeout_s, stop=stop)
+        return self.post(body, timeout_s=timeout_s, stop=stop, on_chunk=on_chunk)
 
-    def ask_long(self, stop: StopSignal | None = None) -> Completion:
+    def ask_long(self, stop: StopSignal | None = None, on_chunk: OnChunk | None = None) -> Completion:
         """A chat that runs for many seconds on a real engine."""
-        return self.ask(tokens=LENGTH - 100, stop=stop)
+        return self.ask(tokens=LENGTH - 100, stop=stop, on_chunk=on_chunk)
 
-    def post(self, body: dict[str, Any], *, timeout_s: float = 60, stop: StopSignal | None = None) -> Completion:
-        """Send *body* as it is."""
-        call = Call(path="/v1/chat/completions", body=body, timeout_s=timeout_s)
+    def post(
+        self,
+        body: dict[str, Any],
+        *,
+        timeout_s: float = 60,
+        stop: StopSignal | None = None,
+        on_chunk: OnChunk | None = None,
+    ) -> Completion:
+        """Send *body* as it is; streamed, if somebody listens."""
+        if on_chunk is not None:
+            body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        call = Call(path="/v1/chat/completions", body=body, timeout_s=timeout_s, on_chunk=on_chunk)
         return self.engine.generate(self.model_id, call, stop or StopSignal())
 
 
@@ -315,6 +333,75 @@ def test_stopping_ends_running_requests_and_every_process(kit: Kit, pool: Thread
     with pytest.raises((EngineDied, EngineNotReady)):
         request.result(timeout=3)
     kit.engine.ensure_stopped(kit.model_id, timeout_s=20)
+
+
+def test_the_chunks_of_a_stream_are_the_whole_answer(kit: Kit) -> None:
+    """They come in several pieces; joined they are what `generate` gives, which is what it gives without a stream."""
+    kit.ready()
+    chunks: list[Mapping[str, Any]] = []
+
+    streamed = kit.ask(tokens=32, on_chunk=chunks.append)
+    plain = kit.ask(tokens=32)
+
+    whole: dict[str, Any] = {}
+    for chunk in chunks:
+        join(whole, chunk)
+    assert len(chunks) >= 4  # a word, another, the end, the usage
+    assert complete(whole) == streamed.response
+    assert streamed.response["choices"][0]["message"]["content"] == plain.response["choices"][0]["message"]["content"]
+    assert streamed.response["choices"][0]["finish_reason"] == plain.response["choices"][0]["finish_reason"]
+    assert streamed.response["object"] == "chat.completion"
+    assert (streamed.prompt_tokens, streamed.completion_tokens) == (plain.prompt_tokens, plain.completion_tokens)
+
+
+def test_a_stop_in_mid_stream_ends_it_at_once(kit: Kit, pool: ThreadPoolExecutor) -> None:
+    """The first chunks are there long before the answer is whole; the place is free for the next."""
+    kit.ready()
+    stop, speaking = StopSignal(), threading.Event()
+    request = pool.submit(kit.ask_long, stop, lambda _chunk: speaking.set())
+    assert speaking.wait(20)
+
+    stop.stop("cancelled")
+
+    with pytest.raises(JobStopped, match="cancelled"):
+        request.result(timeout=1)
+    assert kit.ask(timeout_s=3).completion_tokens
+
+
+def test_kill_9_in_mid_stream_is_noticed(kit: Kit, pool: ThreadPoolExecutor) -> None:
+    """What came is not taken for the whole answer."""
+    kit.ready()
+    speaking = threading.Event()
+    request = pool.submit(kit.ask_long, None, lambda _chunk: speaking.set())
+    assert speaking.wait(20)
+
+    kit.kill()
+
+    with pytest.raises(EngineDied):
+        request.result(timeout=3)
+    kit.ready()
+
+
+def test_a_wrong_body_is_refused_before_its_stream_begins(kit: Kit) -> None:
+    """By the same error as without a stream, and no chunk came."""
+    kit.ready()
+    chunks: list[Mapping[str, Any]] = []
+
+    with pytest.raises(InvalidRequest):
+        kit.post({"model": kit.model_id, "messages": "no"}, on_chunk=chunks.append)
+    with pytest.raises(PromptTooLong, match=str(LENGTH)):
+        kit.ask("word " * (LENGTH + 100), on_chunk=chunks.append)
+
+    assert chunks == []
+
+
+def test_streams_and_others_run_beside_each_other(kit: Kit, pool: ThreadPoolExecutor) -> None:
+    """Hundreds, mixed, none of which suffers from what another did to its connection."""
+    kit.ready()
+
+    done = pool.map(lambda i: kit.ask(tokens=2, on_chunk=(lambda _chunk: None) if i % 2 else None), range(400))
+
+    assert all(completion.completion_tokens for completion in done)
 
 
 def test_a_broken_gguf_file_fails_to_load_with_the_reason(tmp_path: Path) -> None:

@@ -25,7 +25,15 @@ _UNSAID = -1e3  # weight that keeps a token from ever being the answer
 
 
 def make_tiny_gguf(
-    path: Path, *, hidden: int = 64, head_dim: int = 16, layers: int = 2, seed: int = 0, context: int = 4096
+    path: Path,
+    *,
+    hidden: int = 64,
+    head_dim: int = 16,
+    layers: int = 2,
+    seed: int = 0,
+    context: int = 4096,
+    chat_template: str = CHAT_TEMPLATE,
+    pooling: gguf.PoolingType | None = None,
 ) -> Path:
     """
     Write a Llama of random weights to *path*; equal arguments give an equal file.
@@ -36,6 +44,8 @@ def make_tiny_gguf(
         Width, a multiple of 16; 64 and 2 layers make a file of about 300 KB.
     context
         Longest prompt and answer together, in tokens; a token is one character of the prompt.
+    pooling
+        How an embedding is made of the tokens' vectors; None = it is no model for that.
     """
     tokens, types = _vocabulary()
     writer = gguf.GGUFWriter(path, "llama")
@@ -55,7 +65,9 @@ def make_tiny_gguf(
     writer.add_token_types(types)
     writer.add_bos_token_id(_SPECIAL.index("<s>"))
     writer.add_eos_token_id(_SPECIAL.index("</s>"))
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(chat_template)
+    if pooling is not None:
+        writer.add_pooling_type(pooling)
     for name, tensor in _tensors(hidden, layers, len(tokens), seed).items():
         writer.add_tensor(f"{name}.weight", tensor)
     writer.write_header_to_file()

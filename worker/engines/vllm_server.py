@@ -87,7 +87,7 @@ def command(placement: Placement, *, python: Path, model: Path | str, socket: Pa
 def _interface(spec: ModelSpec) -> list[str]:
     """The flags for what the model's answers are: embeddings, tool calls and thoughts to be told from the text."""
     line: list[str] = []
-    if "embedding" in spec.capabilities:
+    if "embedding" in spec.capabilities and "chat" not in spec.capabilities:
         line += ["--runner", "pooling"]
     if spec.tool_parser is not None:
         line += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_parser]
