@@ -36,7 +36,8 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: "
     "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content or '' }}\n"
     "{% endfor %}"
-    "assistant:{% if add_generation_prompt and enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    "assistant:"
+    "{% if add_generation_prompt and (enable_thinking is not defined or enable_thinking) %}<think>\n{% endif %}"
 )
 PLAIN = {"chat_template_kwargs": {"enable_thinking": False}}
 CITY = {
