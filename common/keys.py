@@ -106,6 +106,11 @@ def switch_log(worker: str) -> str:
     return f"{_PREFIX}switches:{worker}"
 
 
+def switch_times(worker: str) -> str:
+    """Hash: [from, to, level] as JSON -> what such a switch takes on this worker, a SwitchTime as JSON."""
+    return f"{_PREFIX}switch-times:{worker}"
+
+
 # --- Delivery: shared by the transport and the lease ---------------------------------------------------
 
 

@@ -369,6 +369,22 @@ class SwitchRecord(_Stored):
     attempts: int
     reason: str
     at: AwareDatetime
+    level: str = Field(default="cold", description="from where the model was made ready: cold = its files")
+    load_bytes: int | None = Field(default=None, description="of weights that were loaded, on all cards together")
+
+
+class SwitchTime(_Stored):
+    """What one kind of switch takes on this worker, by all that it has made; seconds, without draining."""
+
+    from_model: str | None
+    to_model: str
+    level: str = Field(description="from where the model is made ready: cold = its files")
+    mean_s: float = Field(description="a moving mean: the newest counts most")
+    last_s: float
+    load_s: float = Field(description="the part of mean_s in the stage loading")
+    load_bytes: int | None = Field(description="of weights")
+    count: int = Field(description="how many were measured")
+    at: AwareDatetime
 
 
 class QueueStatus(_Stored):
@@ -394,4 +410,5 @@ class HardwareStatus(_Stored):
     residents: tuple[ResidentStatus, ...]
     backlog: dict[str, QueueStatus]
     switches: tuple[SwitchRecord, ...] = Field(description="the last ones, newest first")
+    switch_times: tuple[SwitchTime, ...] = Field(default=(), description="what each kind of switch takes here")
     alerts: tuple[str, ...]

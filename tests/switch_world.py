@@ -40,11 +40,13 @@ class TellingEngine(StubEngine):
         self.canary: Callable[[Completion], Completion] = lambda completion: completion
         self.loaded: Callable[[Loaded], Loaded] = lambda loaded: loaded
         self.placements: list[Placement] = []  # of the loads, also of those that failed
+        self.timeouts: list[float] = []  # of the loads
         self.calls: list[Call] = []
 
     def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
         self._deeds.append(f"load {placement.model_id}")
         self.placements.append(placement)
+        self.timeouts.append(timeout_s)
         if self.load_errors:
             raise self.load_errors.pop(0)
         self.on_load()
@@ -83,6 +85,7 @@ class World:
     max_residents: int = 1
     epoch: int = 0
     load_s: float = 0.0
+    load_speed: float | None = None
 
     def __post_init__(self) -> None:
         self.board = ResidencyBoard(capacity=self.capacity, max_residents=self.max_residents)
@@ -97,6 +100,7 @@ class World:
             hand_back=self._hand_back,
             record=self._record,
             measured=self._measured,
+            load_speed=lambda: self.load_speed,
             epoch=self.epoch,
             pause=lambda seconds: self.deeds.append(f"pause {seconds:g}"),
         )

@@ -66,6 +66,7 @@ from worker.selection.placement import Placement
 from worker.tasks import add_generate_task, add_submit_task, add_switch_task
 from worker.telemetry.redis_measured import RedisMeasurements
 from worker.telemetry.redis_status import RedisStatus
+from worker.telemetry.redis_switch_times import RedisSwitchTimes
 from worker.world import WorkerWorld
 
 logger = get_logger(__name__)
@@ -273,7 +274,12 @@ class _Worker:
         placements = {placement.model_id: placement for placement in choice.placements}
         engines = build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
         board = ResidencyBoard(capacity=_capacity(found.machine), max_residents=settings.switch.max_residents)
-        history = SwitchHistory(lambda record: self._status.record(self._name, record))
+        switch_times = RedisSwitchTimes(client, self._name)
+        history = SwitchHistory(
+            lambda record: self._status.record(self._name, record),
+            times=switch_times.read(),
+            keep_time=switch_times.save,
+        )
         store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
         runner = JobRunner(
             worker=self._name,
@@ -294,6 +300,7 @@ class _Worker:
             hand_back=runner.hand_back,
             record=history.add,
             measured=_keeper_of_measurements(client, settings, found.machine),
+            load_speed=history.load_speed,
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from common import keys
 from common.logs import get_logger
@@ -75,7 +76,12 @@ class WorkerWorld:
     def residency(self) -> Residency:
         """See World."""
         self._switcher.note_deaths()
-        return self._board.read()
+        residency = self._board.read()
+        now_ready = next(iter(residency.ready_models), None)
+        expected = {p.model_id: self._history.expected_switch_s(now_ready, p.model_id) for p in self._placements}
+        return replace(
+            residency, switch_s={model: seconds for model, seconds in expected.items() if seconds is not None}
+        )
 
     def ask_for_switch(self, turn: Turn) -> None:
         """See World."""
@@ -106,6 +112,7 @@ class WorkerWorld:
                 max_temperature_c=self._max_temperature_c,
                 stopping=self.stopping,
                 now=now,
+                switch_times=self._history.times(),
             )
             models = tuple(offered(placement, residency) for placement in self._placements)
             self._status.offer(Offer(worker=self._name, models=models, at=utc_now()))

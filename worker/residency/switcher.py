@@ -35,6 +35,7 @@ from worker.memory.learn import learned
 from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits, check_cards, check_load, check_memory, free_bytes
+from worker.residency.expect import allow_s
 from worker.residency.plan import plan_switch
 from worker.residency.shrink import shrink, what_changed
 from worker.selection.placement import Placement
@@ -57,7 +58,7 @@ CANARY = "Say OK."
 class SwitchLimits:
     """How long and how often."""
 
-    attempt_s: float  # to load and verify
+    attempt_s: float  # to load and verify, at least; more where a model's size says so
     attempts: int
     drain_s: float  # for jobs in flight to end by themselves
     quarantine_s: float  # the first pause after failing; doubles each time
@@ -86,6 +87,7 @@ class Switcher:
         hand_back: Handback,
         record: Callable[[SwitchRecord], None],
         measured: Callable[[Placement, Measured], object] = lambda _placement, _measured: None,
+        load_speed: Callable[[], float | None] = lambda: None,
         epoch: int = 0,
         pause: Callable[[float], object] | None = None,
     ) -> None:
@@ -98,6 +100,7 @@ class Switcher:
         self._hand_back = hand_back
         self._record = record
         self._measured = measured
+        self._load_speed = load_speed
         self._ran_out: dict[str, int | None] = {}  # model -> bytes that were free when its plan ran out of memory
         self._leaving = threading.Event()
         self._pause = pause or self._leaving.wait
@@ -390,7 +393,8 @@ class _Run:
     def _load_and_verify(self) -> None:
         placement = self._placement
         model_id = placement.model_id
-        until = time.monotonic() + self._limits.attempt_s
+        may_take_s = allow_s(self._limits.attempt_s, _weights_of(placement), self._switcher._load_speed())
+        until = time.monotonic() + may_take_s
         attempt = f"attempt {self._attempts - self._attempts_before} of {self._limits.attempts}"
         self._enter(SwitchStage.LOADING, "; ".join(filter(None, [attempt, self._smaller])))
         self._check(check_load)
@@ -404,7 +408,7 @@ class _Run:
         )
         self._board.put(resident)
         engine = self._switcher._engine(model_id)
-        loaded = engine.ensure_ready(placement, timeout_s=self._limits.attempt_s)
+        loaded = engine.ensure_ready(placement, timeout_s=may_take_s)
         self._enter(SwitchStage.VERIFYING, f"loaded in {loaded.seconds:.1f} s, canary prompt")
         verify(engine, placement, timeout_s=max(1.0, until - time.monotonic()))
         measured = self._measure(loaded)
@@ -497,6 +501,7 @@ class _Run:
             attempts=self._attempts,
             reason="; ".join(part for part in (self._reason, detail) if part),
             at=utc_now(),
+            load_bytes=_weights_of(self._placement),
         )
         logger.info("residency.switched", **record.model_dump(mode="json", exclude={"at"}))
         if outcome != "stale":
@@ -505,6 +510,11 @@ class _Run:
             self._show(stage)
             self._tell(self._on_stage, stage, record.reason)
         return record
+
+
+def _weights_of(placement: Placement) -> int:
+    """Bytes of weights that a load reads, for all its cards."""
+    return placement.memory.weights * placement.tensor_parallel_size
 
 
 def verify(engine: Engine, placement: Placement, *, timeout_s: float) -> None:

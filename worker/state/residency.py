@@ -61,6 +61,9 @@ class Residency:
     residents: tuple[Resident, ...] = ()
     switching: Switching | None = None
     quarantined: Mapping[str, Quarantine] = field(default_factory=dict)
+    switch_s: Mapping[str, float] = field(
+        default_factory=dict
+    )  # model -> what a switch to it will take; unknown = absent
 
     @property
     def free(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from common.schemas import GpuStatus, HardwareStatus, QueueStatus, ResidentStatus, SwitchRecord, WorkerState
+from common.schemas import GpuStatus, HardwareStatus, QueueStatus, ResidentStatus, SwitchRecord, SwitchTime, WorkerState
 from worker.hardware.gpu import Gpu, Machine
 from worker.state.backlog import Backlog
 from worker.state.residency import Residency
@@ -23,6 +23,7 @@ def summarize(
     max_temperature_c: float,
     stopping: bool,
     now: float,
+    switch_times: Sequence[SwitchTime] = (),
 ) -> HardwareStatus:
     """Say what the worker *worker* is at *now* (Unix seconds)."""
     switching = residency.switching
@@ -56,6 +57,7 @@ def summarize(
             for model, waiting in sorted(backlog.by_model.items())
         },
         switches=tuple(switches),
+        switch_times=tuple(switch_times),
         alerts=_alerts(machine, residency, max_temperature_c, now),
     )
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.schemas import SwitchRecord
+from common.schemas import SwitchRecord, SwitchTime
 from worker.residency.history import SwitchHistory, seconds_in_switches
 
 ZERO = datetime(2026, 1, 1, tzinfo=UTC)
@@ -67,3 +67,26 @@ def test_the_newest_are_remembered_and_every_one_is_told() -> None:
     assert history.last(2) == (records[59], records[58])
     assert history.last(99) == tuple(records[:9:-1])
     assert history.seconds_between(at(58.25), at(99)) == 0.75
+
+
+def loaded(seconds: float, **changes: object) -> SwitchRecord:
+    stages = {"loading": seconds}
+    return record(0, seconds).model_copy(update={"stages": stages, "load_bytes": 1000, **changes})
+
+
+def test_what_switches_take_is_learned_kept_and_expected() -> None:
+    """Each time that changes goes to whoever keeps it, and comes back at the next start."""
+    kept: list[SwitchTime] = []
+    history = SwitchHistory(lambda _: None, keep_time=kept.append)
+    assert history.expected_switch_s("a", "b") is None
+    history.add(loaded(10))
+    history.add(loaded(20))
+    history.add(loaded(99, outcome="failed"))
+
+    assert [time.last_s for time in kept] == [10, 20]
+    assert history.expected_switch_s("a", "b") == 13
+    assert history.load_speed() == pytest.approx(1000 / 13)
+
+    again = SwitchHistory(lambda _: None, times=kept[-1:])
+    assert again.times() == history.times() == (kept[-1],)
+    assert again.expected_switch_s("x", "b") == 13

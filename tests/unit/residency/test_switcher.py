@@ -284,3 +284,12 @@ def test_a_switch_goes_on_when_nobody_listens() -> None:
 
     assert world.switcher.switch("a", on_stage=away).outcome == "ready"
     assert world.residency.ready_models == ("a",)
+
+
+def test_a_load_gets_the_time_that_its_size_needs() -> None:
+    """A disk that gave 1 MiB/s so far: 1 GiB takes 1,024 s, and may take thrice that."""
+    world = World(load_speed=float(2**20))
+    record = world.switch("a")
+
+    assert world.engine.timeouts == [pytest.approx(3 * 1024)]
+    assert record.load_bytes == 2**30
