@@ -176,3 +176,12 @@ def test_an_id_wins_over_an_alias_and_a_repository() -> None:
     assert catalogue.find("FAST") is b
     assert catalogue.find("Org/B") is b
     assert catalogue.find("c") is None
+
+
+@pytest.mark.parametrize("spec", [s for s in load_catalogue() if s.engine is EngineKind.VLLM], ids=lambda spec: spec.id)
+def test_a_vllm_model_that_calls_tools_or_thinks_names_its_parser(spec: ModelSpec) -> None:
+    """
+    Without one vLLM refuses tools, and leaves the thoughts in the answer.
+    """
+    assert ("tools" in spec.capabilities) == (spec.tool_parser is not None)
+    assert ("thinking" in spec.capabilities) == (spec.reasoning_parser is not None)
