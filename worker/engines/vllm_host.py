@@ -38,7 +38,6 @@ from worker.engines.vllm_server import command, environment
 from worker.selection.placement import Placement
 
 PING_S = 30.0  # an engine that does not come by for so long hangs; one step on a slow CPU takes a few seconds
-HOST_START_S = 120.0  # imports alone; 10-30 s on two cores
 RESPAWN_PAUSE_S = 5.0  # after the host ended by itself, perhaps because it cannot import vLLM
 POLL_S = 0.02
 LOG_BYTES = 1024 * 1024
@@ -84,6 +83,7 @@ class VllmHostEngine:
         self._locks: dict[str, threading.Lock] = {}  # one per model: a start and a stop never interleave
         self._closed = threading.Event()
         self._python = python
+        self._host_lock = threading.Lock()
         self._host = self._start_host()
         threading.Thread(target=self._keep_host, name="engine-host", daemon=True).start()
 
@@ -95,7 +95,7 @@ class VllmHostEngine:
         deadline = began + timeout_s
         with self._lock(model_id, timeout_s):
             engine = self._engines.get(model_id)
-            if engine is not None and engine.ready and engine.answers(within_s=min(PING_S, timeout_s)):
+            if engine is not None and engine.ready and engine.answers(within_s=min(PING_S, timeout_s / 3)):
                 return engine.loaded(seconds=0.0)
             self._end(model_id, timeout_s=END_S)
 
@@ -104,7 +104,7 @@ class VllmHostEngine:
             line = command(placement, python=self._python, model=files, socket=Path())
             try:
                 engine.start(
-                    self._host,
+                    *self._connect(engine, deadline),
                     arguments=line[line.index("--model") :],
                     env=environment({}, placement, model=files, cpu_count=self._cpu_count),
                     deadline=deadline,
@@ -149,11 +149,28 @@ class VllmHostEngine:
 
     def close(self) -> None:
         """Stop every model and the host; see `Engine`."""
-        self._closed.set()
+        with self._host_lock:
+            self._closed.set()
         for model_id in list(self._engines):
             self.ensure_stopped(model_id, timeout_s=END_S)
         self._host.stop(timeout_s=END_S)
         self._several_cards.close()
+
+    def _connect(self, engine: _HostedEngine, deadline: float) -> tuple[socket.socket, Path]:
+        """Give a connection for *engine* and a folder for its files, waiting until the host has imported vLLM."""
+        host = self._living_host()
+        while (connection := host.connect()) is None:
+            if host.wait_gone(timeout_s=0.0):
+                if not host.ready:
+                    raise LoadFailed(f"vLLM cannot be imported. {explain_failure(host.tail())} Its log: {host.log}.")
+                host = self._living_host()
+            elif engine.asked_to_stop:
+                raise LoadFailed(f"{engine.name} was stopped while it was loading.")
+            elif time.monotonic() >= deadline:
+                raise LoadFailed(f"vLLM is still being imported; its log: {host.log}. Raise SWITCH_TIMEOUT_S.")
+            else:
+                time.sleep(POLL_S)
+        return connection, Path(tempfile.mkdtemp(prefix="c", dir=host.socket.parent))
 
     def _start_host(self) -> _Host:
         # All cards: the host may not touch them, and each engine is shown its own.
@@ -164,7 +181,14 @@ class VllmHostEngine:
     def _keep_host(self) -> None:
         while not self._closed.is_set():
             if self._host.wait_gone(timeout_s=1.0) and not self._closed.wait(RESPAWN_PAUSE_S):
+                self._living_host()
+
+    def _living_host(self) -> _Host:
+        """Give the host; if it has ended, a new one."""
+        with self._host_lock:
+            if self._host.wait_gone(timeout_s=0.0) and not self._closed.is_set():
                 self._host = self._start_host()
+            return self._host
 
     def _end(self, model_id: str, *, timeout_s: float) -> None:
         if engine := self._engines.get(model_id):
@@ -204,29 +228,16 @@ class _Host(EngineProcess):
 
         super().__init__(name="vllm-host", run_dir=run_dir, launch=launch)
 
-    def connect(self, *, give_up: threading.Event, deadline: float) -> socket.socket:
-        """
-        Connect to the host, waiting until it has imported vLLM.
-
-        Raises
-        ------
-        LoadFailed
-            The host ended, or is not there by *deadline* (monotonic), or *give_up* was set.
-        """
-        while True:
-            connection = socket.socket(socket.AF_UNIX)
-            try:
-                connection.connect(str(self.socket))
-            except OSError:
-                connection.close()
-            else:
-                return connection
-            if self.wait_gone(timeout_s=0.0):
-                raise self._end()
-            if give_up.wait(POLL_S):
-                raise LoadFailed("It was stopped while it was loading.")
-            if time.monotonic() >= deadline:
-                raise LoadFailed(f"vLLM was still being imported; its log: {self.log}. Raise SWITCH_TIMEOUT_S.")
+    def connect(self) -> socket.socket | None:
+        """Connect to the host; None while it imports vLLM, and after it has ended."""
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(self.socket))
+        except OSError:
+            connection.close()
+            return None
+        self.ready = True
+        return connection
 
     def own_bytes(self) -> int | None:
         """Resident bytes of the host without its engines."""
@@ -260,19 +271,20 @@ class _HostedEngine:
         """Has somebody asked for its end?"""
         return self._kill_asked.is_set()
 
-    def start(self, host: _Host, *, arguments: list[str], env: dict[str, str], deadline: float) -> None:
+    def start(
+        self, connection: socket.socket, folder: Path, *, arguments: list[str], env: dict[str, str], deadline: float
+    ) -> None:
         """
-        Have the host fork it, and wait until it answers.
+        Have the host at the other end of *connection* fork it, and wait until it answers.
 
         Raises
         ------
         LoadFailed, OutOfMemory
             See `Engine.ensure_ready`.
         """
-        self._connection = host.connect(give_up=self._kill_asked, deadline=deadline)
-        self._folder = Path(tempfile.mkdtemp(prefix="c", dir=host.socket.parent))
-        order = Order(arguments=arguments, env=env, folder=str(self._folder), log=str(self.log))
-        self._connection.sendall(pack(Frame(Kind.START, body=order.pack())))
+        self._connection, self._folder = connection, folder
+        order = Order(arguments=arguments, env=env, folder=str(folder), log=str(self.log))
+        self._transmit(Frame(Kind.START, body=order.pack()))
         threading.Thread(target=self._read, name=f"engine-{self.name}", daemon=True).start()
         said: str | None = None
         while True:
