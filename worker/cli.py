@@ -283,6 +283,7 @@ def submit(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for each job.")] = 600,
     *,
     wait: Annotated[bool, typer.Option(help="Wait for the answers.")] = True,
+    stream: Annotated[bool, typer.Option("--stream", help="Show each answer while it is made.")] = False,
     as_json: Json = False,
 ) -> None:
     """Send one job, or a file of jobs in OpenAI's batch form, and show the answers."""
@@ -290,14 +291,17 @@ def submit(
     failed = 0
     with _client(settings) as client:
         requests = list(read_requests(body, model))  # read to the end first: a broken line sends nothing
-        ids = [client.submit(request) for _, request in requests]
+        ids = [client.submit(_streamed(request) if stream else request) for _, request in requests]
         for job_id in ids:
             if not wait:
                 _out.print(job_id, highlight=False)
                 continue
+            if stream:
+                _show_stream(client, job_id, timeout, as_json=as_json)
             outcome = _wait(client, job_id, timeout)
             failed += outcome is None or outcome.error is not None
-            _show_outcome(job_id, outcome, as_json=as_json)
+            if not stream:
+                _show_outcome(job_id, outcome, as_json=as_json)
     sys.exit(1 if failed else 0)
 
 
@@ -359,6 +363,26 @@ def _wait(client: JobClient, job_id: str, timeout: float) -> Outcome | None:
     except ShiftworkerError as error:
         _err.print(f"{job_id}: {error.kind}: {error.message}", highlight=False, markup=False)
         return client.result(job_id)
+
+
+def _streamed(request: JobRequest) -> JobRequest:
+    return JobRequest.parse({**request.model_dump(mode="json", exclude_none=True), "stream": True})
+
+
+def _show_stream(client: JobClient, job_id: str, timeout: float, *, as_json: bool) -> None:
+    """Print what the job says as it says it; what a lost attempt said stays on the screen, and a line says so."""
+    if not as_json:
+        _out.rule(job_id, style="dim")
+    for event in client.stream(job_id, timeout=timeout):
+        if as_json:
+            _print_json(event.model_dump(mode="json", exclude_none=True))
+            sys.stdout.flush()  # also into a pipe as it comes
+        elif event.kind == "reset" and event.attempt != 1:
+            _out.print(f"\nattempt {event.attempt} begins anew", style="yellow")
+        else:
+            _out.print(
+                event.text, end="\n" if event.kind == "end" else "", highlight=False, markup=False, soft_wrap=True
+            )
 
 
 def _show_outcome(job_id: str, outcome: Outcome | None, *, as_json: bool) -> None:

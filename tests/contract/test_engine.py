@@ -378,7 +378,7 @@ def test_kill_9_in_mid_stream_is_noticed(kit: Kit, pool: ThreadPoolExecutor) -> 
     kit.kill()
 
     with pytest.raises(EngineDied):
-        request.result(timeout=3)
+        request.result(timeout=10)
     kit.ready()
 
 

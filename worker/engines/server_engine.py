@@ -29,6 +29,8 @@ FilesOf = Callable[[ModelSpec], Path | str]  # a local path, or a repository tha
 END_S = 15.0
 # A server that lost its engine answers 500 first and ends a moment later; so long we wait to tell the two apart.
 DEATH_NOTICE_S = 1.0
+# In the middle of a stream vLLM's server has answered already, and ends only when it looks again: every 5 s.
+STREAM_DEATH_NOTICE_S = 6.0
 
 
 class ServerEngine(ABC):
@@ -116,7 +118,7 @@ class ServerEngine(ABC):
                 return completion_of(complete(whole), run_s=run_s)
             return interpret(status=answer.status, content=answer.content, run_s=run_s)
         except (EngineDied, EngineFailed) as error:
-            if process.wait_deaf(DEATH_NOTICE_S):
+            if process.wait_deaf(DEATH_NOTICE_S if take is None else STREAM_DEATH_NOTICE_S):
                 raise EngineDied(
                     f"The engine of {model_id} ended while it worked on the job; its log: {process.log}."
                 ) from error
