@@ -51,6 +51,9 @@ class VllmSettings(_Group):
     max_num_seqs: int = Field(64, ge=1, le=4096, description="requests that vLLM works on at once")
     force: bool = Field(False, description="load VLLM_MODEL even if the arithmetic says it cannot fit")
     python: Path | None = Field(None, description="the Python that has vLLM; unset = .venv-vllm, then our own")
+    channel: Literal["host", "server"] = Field(
+        "host", description="host = forks of one process with vLLM imported; server = vLLM's own HTTP server"
+    )
 
 
 class LlamaCppSettings(_Group):

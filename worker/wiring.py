@@ -43,6 +43,7 @@ from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.llamacpp_server import find_version as find_llamacpp_version
 from worker.engines.orphans import claim, end_abandoned, end_orphans
 from worker.engines.stub import StubEngine
+from worker.engines.vllm_host import VllmHostEngine
 from worker.engines.vllm_server import VllmServerEngine, find_python, find_version
 from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
@@ -383,15 +384,21 @@ class _Worker:
 def build_engines(settings: Settings, kinds: set[EngineKind], run_dir: Path) -> dict[EngineKind, Engine]:
     """Build the engines of these *kinds*, each with its sockets and logs in *run_dir*."""
     build: dict[EngineKind, Callable[[], Engine]] = {
-        EngineKind.VLLM: lambda: VllmServerEngine(
-            run_dir=run_dir, files_of=resolve_files, python=find_python(settings.vllm)
-        ),
+        EngineKind.VLLM: lambda: _vllm(settings, run_dir),
         EngineKind.LLAMACPP: lambda: LlamaCppEngine(
             run_dir=run_dir, files_of=resolve_files, server=find_server(settings.llamacpp)
         ),
         EngineKind.STUB: lambda: StubEngine(load_s=settings.worker.stub_load_s, run_s=settings.worker.stub_run_s),
     }
     return {kind: build[kind]() for kind in kinds}
+
+
+def _vllm(settings: Settings, run_dir: Path) -> Engine:
+    python = find_python(settings.vllm)
+    server = VllmServerEngine(run_dir=run_dir, files_of=resolve_files, python=python)
+    if settings.vllm.channel == "server":
+        return server
+    return VllmHostEngine(run_dir=run_dir, files_of=resolve_files, python=python, several_cards=server)
 
 
 def _keeper_of_measurements(
