@@ -50,27 +50,23 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._answer(200, b"{}")
+            answer(self, 200, b"{}")
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if options.wrong_answer:
-                self._answer(200, b"<html>busy</html>")
+                answer(self, 200, b"<html>busy</html>")
             elif options.fail:
-                self._answer(500, json.dumps({"error": {"message": "out of luck"}}).encode())
+                answer(self, 500, json.dumps({"error": {"message": "out of luck"}}).encode())
             elif body.get("hold"):
                 Path(body["hold"]).touch()  # says that the request is here
                 time.sleep(600)
+            elif body.get("events"):
+                stream(self, body["events"])
             elif body.get("die"):
                 os.kill(os.getpid(), signal.SIGKILL)
             else:
-                self._answer(200, json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": {}}).encode())
-
-        def _answer(self, status: int, content: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+                answer(self, 200, json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": {}}).encode())
 
         def log_message(self, *_: object) -> None: ...
 
@@ -78,6 +74,29 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
             return "unix"
 
     return Handler
+
+
+def answer(handler: BaseHTTPRequestHandler, status: int, content: bytes) -> None:
+    """Send one whole answer."""
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def stream(handler: BaseHTTPRequestHandler, events: list[str]) -> None:
+    """Send *events* as they are, half of each and then the other half; "hold" keeps the stream open."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+    handler.send_header("Connection", "close")
+    handler.end_headers()
+    for event in events:
+        if event == "hold":
+            time.sleep(600)
+        content = event.encode()
+        for half in (content[: len(content) // 2], content[len(content) // 2 :]):
+            handler.wfile.write(half)
+            handler.wfile.flush()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,8 +4,10 @@ One process tree per model, asked for a state: shown with a small real engine an
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,16 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from common.errors import EngineDied, EngineFailed, EngineTimeout, LoadFailed, ModelMissing, OutOfMemory
+from common.errors import (
+    EngineDied,
+    EngineFailed,
+    EngineTimeout,
+    InvalidRequest,
+    LoadFailed,
+    ModelMissing,
+    OutOfMemory,
+    ShiftworkerError,
+)
 from tests.factories import make_placement
 from tests.waiting import eventually
 from worker.catalog.spec import EngineKind, ModelSpec
@@ -41,6 +52,7 @@ class FakeEngine(ServerEngine):
 
 
 Make = Callable[..., FakeEngine]
+DONE = "data: [DONE]\n\n"
 
 
 @pytest.fixture
@@ -233,6 +245,111 @@ def test_a_request_that_is_never_answered_times_out(make: Make, tmp_path: Path) 
         ask(engine, timeout_s=0.2, hold=str(tmp_path / "arrived"))
 
     assert engine.state("small") is EngineState.READY
+
+
+def says(text: str, **choice: Any) -> str:
+    """An event as vLLM and llama.cpp write it."""
+    choices = [{"index": 0, "delta": {"content": text}, **choice}]
+    return f"data: {json.dumps({'choices': choices}, ensure_ascii=False)}\n\n"
+
+
+def stream(engine: FakeEngine, *events: str, stop: StopSignal | None = None) -> tuple[list[Any], Completion]:
+    """Ask for a stream of these events; gives the chunks, and the whole."""
+    chunks: list[Any] = []
+    call = Call(path="/v1/x", body={"events": events}, timeout_s=20, on_chunk=chunks.append)
+    return chunks, engine.generate("small", call, stop or StopSignal())
+
+
+def test_a_stream_is_read_event_by_event(make: Make) -> None:
+    """However it is cut on its way, whatever line ends JSON may hold, and with the comments that keep it alive."""
+    engine = make()
+    engine.ensure_ready(make_placement(), timeout_s=20)
+    texts = ["Once", " \u2028 upon \x85", " \U0001f600 a \\n time"]
+    end = 'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}\r\n\r\n'
+
+    chunks, done = stream(engine, ": ping\n\n", *map(says, texts), says("", finish_reason="stop"), end, DONE)
+
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks[:3]] == texts
+    assert len(chunks) == 5
+    assert done.response["choices"][0]["message"]["content"] == "".join(texts)
+    assert (done.prompt_tokens, done.completion_tokens) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("events", "error", "words"),
+    [
+        ([says("Once")], EngineFailed, "ended in the middle of the answer"),
+        ([], EngineFailed, "ended in the middle"),
+        ([says("Once", finish_reason="abort"), DONE], EngineFailed, "ended in the middle of its answer"),
+        ([says("Once"), 'data: {"error": {"message": "out of luck", "code": 500}}\n\n', DONE], EngineFailed, "luck"),
+        ([says("Once"), "data: nonsense\n\n", DONE], EngineFailed, "nonsense"),
+        (['data: {"error": {"message": "not so", "code": 400}}\n\n', DONE], InvalidRequest, "not so"),
+    ],
+    ids=["cut off", "empty", "aborted", "an error", "no JSON", "a refusal"],
+)
+def test_a_part_of_a_stream_is_no_answer(
+    make: Make, monkeypatch: pytest.MonkeyPatch, events: list[str], error: type[ShiftworkerError], words: str
+) -> None:
+    """The engine lives on, and the job may be tried again, unless it is at fault itself."""
+    monkeypatch.setattr("worker.engines.server_engine.STREAM_DEATH_NOTICE_S", 0.1)
+    engine = make()
+    engine.ensure_ready(make_placement(), timeout_s=20)
+
+    with pytest.raises(error, match=words):
+        stream(engine, ": ping\n\n", *events)
+
+    assert engine.state("small") is EngineState.READY
+    assert ask(engine).response["choices"]
+
+
+def test_an_engine_that_dies_in_mid_stream_is_dead(make: Make, pool: ThreadPoolExecutor) -> None:
+    """By kill -9, with a half of the answer here."""
+    engine, speaking = make(), threading.Event()
+    pids = engine.ensure_ready(make_placement(), timeout_s=20).pids
+    body = {"events": [says("Once"), "hold"]}
+    call = Call(path="/v1/x", body=body, timeout_s=20, on_chunk=lambda _chunk: speaking.set())
+    request = pool.submit(engine.generate, "small", call, StopSignal())
+    assert speaking.wait(10)
+
+    psutil.Process(pids[-1]).kill()
+
+    with pytest.raises(EngineDied, match=r"small\.log"):
+        request.result(timeout=5)
+    assert engine.state("small") is EngineState.DEAD
+
+
+def test_a_stream_that_stands_still_is_stopped_from_another_thread(make: Make, pool: ThreadPoolExecutor) -> None:
+    """The engine never says another word."""
+    engine, stop, speaking = make(), StopSignal(), threading.Event()
+    engine.ensure_ready(make_placement(), timeout_s=20)
+    body = {"events": [says("Once"), "hold"]}
+    call = Call(path="/v1/x", body=body, timeout_s=20, on_chunk=lambda _chunk: speaking.set())
+    request = pool.submit(engine.generate, "small", call, stop)
+    assert speaking.wait(10)
+
+    stop.stop("cancelled")
+
+    with pytest.raises(JobStopped, match="cancelled"):
+        request.result(timeout=1)
+
+
+def test_streams_take_no_connection_that_others_wait_for(make: Make, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    """Eight streams that stand still occupy a connection each; whoever comes next gets a free one at once."""
+    engine, stop, began = make(), StopSignal(), threading.Semaphore(0)
+    engine.ensure_ready(make_placement(), timeout_s=20)
+    body = {"events": [says("Once"), "hold"]}
+    call = Call(path="/v1/x", body=body, timeout_s=60, on_chunk=lambda _chunk: began.release())
+    streams = [pool.submit(engine.generate, "small", call, stop) for _ in range(8)]
+    for _ in streams:
+        assert began.acquire(timeout=10)
+
+    for _ in range(20):
+        assert ask(engine, timeout_s=5).response["choices"]
+
+    stop.stop("handback")
+    for request in streams:
+        with pytest.raises(JobStopped):
+            request.result(timeout=5)
 
 
 def test_closing_ends_running_requests_and_every_process(make: Make, pool: ThreadPoolExecutor, tmp_path: Path) -> None:

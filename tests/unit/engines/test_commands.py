@@ -69,6 +69,22 @@ def test_vllm_runs_a_models_code_only_if_the_catalogue_says_so(trusted: bool) ->
     assert ("--trust-remote-code" in vllm(spec=make_spec(trust_remote_code=trusted))) is trusted
 
 
+def test_vllm_is_told_how_its_model_calls_tools_and_thinks() -> None:
+    """Without a parser vLLM refuses tools, and leaves the thoughts in the answer."""
+    line = vllm(spec=make_spec(tool_parser="hermes", reasoning_parser="qwen3"))
+
+    assert "--enable-auto-tool-choice" in line
+    assert value(line, "--tool-call-parser") == "hermes"
+    assert value(line, "--reasoning-parser") == "qwen3"
+    assert not [flag for flag in vllm() if "tool" in flag or "reasoning" in flag]
+
+
+def test_vllm_serves_embeddings_if_the_model_is_for_nothing_else() -> None:
+    """One engine of vLLM does one or the other."""
+    assert value(vllm(spec=make_spec(capabilities=frozenset({"embedding"}))), "--runner") == "pooling"
+    assert "--runner" not in vllm(spec=make_spec(capabilities=frozenset({"chat", "embedding"})))
+
+
 def test_llamacpp_gives_each_slot_the_whole_length() -> None:
     """2,048 tokens for each of 8 slots = 16,384 for llama.cpp, which divides them again."""
     line = llamacpp(max_model_len=2048, max_num_seqs=8)
