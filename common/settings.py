@@ -120,7 +120,7 @@ class JobSettings(_Group):
 
     timeout_s: Seconds = Field(600, description="in the engine, per attempt")
     max_attempts: int = Field(5, ge=1, le=100, description="engine deaths under one job before it is set aside")
-    result_ttl_s: Seconds = Field(24 * 3600, description="how long outcomes are kept")
+    result_ttl_s: Seconds = Field(24 * 3600, description="how long outcomes and streams are kept")
 
 
 class DeliverySettings(_Group):
