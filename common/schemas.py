@@ -291,7 +291,7 @@ class OfferedModel(_Stored):
     max_model_len: int = Field(description="tokens of prompt and answer together")
     capabilities: tuple[str, ...] = ()
     auto: bool = Field(default=True, description='may the router choose it for "auto"?')
-    away: bool = Field(default=False, description="no worker that offers it is alive; set where offers are merged")
+    away: bool = Field(default=False, description="nobody can serve it now: it failed to load, or its workers are gone")
 
 
 class Offer(_Stored):

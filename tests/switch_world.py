@@ -86,6 +86,7 @@ class World:
     epoch: int = 0
     load_s: float = 0.0
     load_speed: float | None = None
+    waits: Callable[[str], bool] = lambda _model_id: False  # do jobs wait for it that another model may answer?
 
     def __post_init__(self) -> None:
         self.board = ResidencyBoard(capacity=self.capacity, max_residents=self.max_residents)
@@ -101,6 +102,7 @@ class World:
             record=self._record,
             measured=self._measured,
             load_speed=lambda: self.load_speed,
+            substitutable=self.waits,
             epoch=self.epoch,
             pause=lambda seconds: self.deeds.append(f"pause {seconds:g}"),
         )

@@ -13,11 +13,12 @@ from common.schemas import HardwareStatus
 from worker.hardware.gpu import Machine
 from worker.scheduling.pick import Turn, pick_turn
 from worker.state.backlog import Backlog
-from worker.state.residency import Residency
+from worker.state.residency import Quarantine, Residency
 
 logger = get_logger(__name__)
 
 _ASKED_IN_VAIN_S = 10.0  # a switch that was asked for and has not begun by then is asked for again
+_OFFERS_KNOWN_S = 2.0  # by then every router knows that a model has failed, and routes its jobs elsewhere
 
 
 class World(Protocol):
@@ -47,6 +48,10 @@ class World(Protocol):
         """Tell running jobs that somebody cancelled."""
         ...
 
+    def route_again(self, model_id: str) -> None:
+        """Send the jobs that wait for *model_id* back to the router, as far as any model may answer them."""
+        ...
+
     def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         """Tell the outside how things are."""
         ...
@@ -74,6 +79,7 @@ class Runtime:
         self._status_every_s = status_every_s
         self._clock = clock
         self._published: tuple[Residency, float] | None = None
+        self._routed_again: dict[str, Quarantine] = {}
 
     def step(self) -> Turn:
         """Look, decide, act."""
@@ -94,6 +100,8 @@ class Runtime:
             self._world.ask_for_switch(turn)
         self._world.serve(residency.ready_models)
         self._world.stop_cancelled_jobs()
+        for model_id in self._stranded(residency, backlog, now):
+            self._world.route_again(model_id)
 
         if self._status_is_due(residency, now):
             self._world.publish(self._world.machine(), residency, backlog, now=now)
@@ -107,6 +115,25 @@ class Runtime:
             return False
         asked = residency.switching
         return asked is None or (not asked.begun and now - asked.since > _ASKED_IN_VAIN_S)
+
+    def _stranded(self, residency: Residency, backlog: Backlog, now: float) -> list[str]:
+        """
+        The models whose jobs should be routed again: they failed to load, and another model could answer.
+
+        Once for each failure: what the router sends here again, nobody else can take.
+        """
+        broken = {model: q for model, q in residency.quarantined.items() if now < q.until}
+        if not set(self._models) - set(broken):
+            return []
+        found = [
+            model
+            for model, quarantine in sorted(broken.items())
+            if backlog.count(model)
+            and now - quarantine.since > _OFFERS_KNOWN_S
+            and self._routed_again.get(model) != quarantine
+        ]
+        self._routed_again |= {model: broken[model] for model in found}
+        return found
 
     def _status_is_due(self, residency: Residency, now: float) -> bool:
         if self._published is None:

@@ -59,6 +59,7 @@ from worker.routing.rules_file import load_rules
 from worker.runtime import Heart, Runtime
 from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, every
 from worker.scheduling.redis_queues import RedisQueues
+from worker.scheduling.redis_reroute import RedisReroute
 from worker.selection.choose import Choice, choose_models
 from worker.selection.describe import describe_choice
 from worker.selection.lessons import Lessons
@@ -275,6 +276,7 @@ class _Worker:
         placements = {placement.model_id: placement for placement in choice.placements}
         engines = build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
         board = ResidencyBoard(capacity=_capacity(found.machine), max_residents=settings.switch.max_residents)
+        reroute = RedisReroute(client)
         switch_times = RedisSwitchTimes(client, self._name)
         history = SwitchHistory(
             lambda record: self._status.record(self._name, record),
@@ -302,6 +304,7 @@ class _Worker:
             record=history.add,
             measured=_keeper_of_measurements(client, settings, found.machine),
             load_speed=history.load_speed,
+            substitutable=reroute.waits,
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()
@@ -313,6 +316,7 @@ class _Worker:
             switcher=self._switcher,
             history=history,
             queues=RedisQueues(client, list(placements)),
+            reroute=reroute,
             consumer=consumer,
             runner=runner,
             status=self._status,

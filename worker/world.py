@@ -20,6 +20,7 @@ from worker.residency.switcher import Switcher
 from worker.scheduling.celery_consumer import CeleryConsumer
 from worker.scheduling.pick import Turn
 from worker.scheduling.redis_queues import RedisQueues
+from worker.scheduling.redis_reroute import RedisReroute
 from worker.selection.placement import Placement
 from worker.state.backlog import Backlog
 from worker.state.residency import Residency
@@ -44,6 +45,7 @@ class WorkerWorld:
         switcher: Switcher,
         history: SwitchHistory,
         queues: RedisQueues,
+        reroute: RedisReroute,
         consumer: CeleryConsumer,
         runner: JobRunner,
         status: RedisStatus,
@@ -57,6 +59,7 @@ class WorkerWorld:
         self._switcher = switcher
         self._history = history
         self._queues = queues
+        self._reroute = reroute
         self._consumer = consumer
         self._runner = runner
         self._status = status
@@ -100,6 +103,10 @@ class WorkerWorld:
         """See World."""
         self._runner.stop_cancelled()
 
+    def route_again(self, model_id: str) -> None:
+        """See World."""
+        self._reroute.route_again(model_id)
+
     def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         """See World."""
         with self._one_publisher:
@@ -114,7 +121,7 @@ class WorkerWorld:
                 now=now,
                 switch_times=self._history.times(),
             )
-            models = tuple(offered(placement, residency) for placement in self._placements)
+            models = tuple(offered(placement, residency, now=now) for placement in self._placements)
             self._status.offer(Offer(worker=self._name, models=models, at=utc_now()))
             self._status.publish(status)
         return status
@@ -124,8 +131,12 @@ class WorkerWorld:
         return self.publish(self.machine(), self._board.read(), self.backlog(), now=time.time())
 
 
-def offered(placement: Placement, residency: Residency) -> OfferedModel:
-    """What the router needs to know of a placement; the length is the one in force, if it was loaded with less."""
+def offered(placement: Placement, residency: Residency, *, now: float) -> OfferedModel:
+    """
+    What the router needs to know of a placement.
+
+    The length is the one in force, if it was loaded with less; away is what failed to load a short while ago.
+    """
     spec = placement.spec
     resident = residency.resident(spec.id)
     return OfferedModel(
@@ -136,4 +147,5 @@ def offered(placement: Placement, residency: Residency) -> OfferedModel:
         max_model_len=(resident.max_model_len if resident else None) or placement.max_model_len,
         capabilities=tuple(sorted(spec.capabilities)),
         auto=placement.auto,
+        away=residency.is_quarantined(spec.id, now),
     )

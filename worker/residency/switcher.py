@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Protocol
 
 from common.errors import (
@@ -37,6 +38,7 @@ from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits, check_cards, check_load, check_memory, free_bytes
 from worker.residency.expect import allow_s
 from worker.residency.plan import plan_switch
+from worker.residency.recover import Failure, Others, Recovery, Rung, recover
 from worker.residency.shrink import shrink, what_changed
 from worker.selection.placement import Placement
 from worker.state.residency import Level, Quarantine, Resident, Switching
@@ -88,6 +90,7 @@ class Switcher:
         record: Callable[[SwitchRecord], None],
         measured: Callable[[Placement, Measured], object] = lambda _placement, _measured: None,
         load_speed: Callable[[], float | None] = lambda: None,
+        substitutable: Callable[[str], bool] = lambda _model_id: False,
         epoch: int = 0,
         pause: Callable[[float], object] | None = None,
     ) -> None:
@@ -101,6 +104,7 @@ class Switcher:
         self._record = record
         self._measured = measured
         self._load_speed = load_speed
+        self._ask_substitutable = substitutable
         self._ran_out: dict[str, int | None] = {}  # model -> bytes that were free when its plan ran out of memory
         self._leaving = threading.Event()
         self._pause = pause or self._leaving.wait
@@ -124,6 +128,8 @@ class Switcher:
         """
         Make *model_id* ready; returns what happened, also when it failed.
 
+        Should that leave nothing ready, another model is made ready in its place: see `recover`.
+
         *epoch* None comes from a person and is always carried out; *force* skips the checks of temperature,
         power and free memory. Each stage is told to *on_stage* as it begins.
 
@@ -138,13 +144,45 @@ class Switcher:
                 "`shiftworker models` says why the others were left out."
             )
         with self._one_at_a_time:
+            previous = next(iter(self._board.read().ready_models), None)
             run = _Run(self, self._placements[model_id], reason=reason, force=force, on_stage=on_stage)
             if epoch is not None and epoch != self._asked_epoch:
                 return run.finished("stale")
+            epoch = epoch or self._asked_epoch
             try:
-                return run.carry_out(epoch or self._asked_epoch)
+                asked = run.carry_out(epoch)
+                while run.error is not None:
+                    after = self._after(run.placement, run.error, previous)
+                    logger.info("residency.recovering", model_id=after.model_id, rung=after.rung, reason=after.reason)
+                    if after.model_id is None:
+                        break
+                    reason = f"{after.rung}: {after.reason}"
+                    run = _Run(self, self._placements[after.model_id], reason=reason, force=False, on_stage=on_stage)
+                    run.carry_out(epoch)
+                return asked
             finally:
                 self._board.switching(None)
+
+    def _after(self, failed: Placement, error: ShiftworkerError, previous: str | None) -> Recovery:
+        """Ask what comes after a model that was given up."""
+        now, residency = time.time(), self._board.read()
+        possible = [p for p in self._placements.values() if not residency.is_quarantined(p.model_id, now)]
+        smaller = [p for p in possible if p.auto and p.spec.tier < failed.spec.tier]
+        others = Others(
+            ready=residency.ready_models,
+            cascade=tuple(p.model_id for p in sorted(smaller, key=lambda p: (-p.spec.tier, p.model_id))),
+            previous=previous if previous in {p.model_id for p in possible} else None,
+            substitutable=self._substitutable(failed.model_id),
+        )
+        return recover(Failure(model_id=failed.model_id, error=error), others)
+
+    def _substitutable(self, model_id: str) -> bool:
+        """Do jobs wait for *model_id* that another model may answer? No, if nobody can say."""
+        try:
+            return self._ask_substitutable(model_id)
+        except Exception as error:  # noqa: BLE001 - Redis away: that is no reason to be without a model
+            logger.warning("residency.not_told", model_id=model_id, error=str(error))
+            return False
 
     def note_deaths(self) -> tuple[str, ...]:
         """Take engines that died by themselves off the board; returns their models. Cheap; call it often."""
@@ -215,7 +253,7 @@ class _Run:
         self._switcher = switcher
         self._board = switcher._board
         self._limits = switcher._limits
-        self._placement = placement
+        self.placement = placement  # the plan that is being loaded, smaller ones included
         self._reason = reason
         self._force = force
         self._on_stage = on_stage
@@ -224,7 +262,9 @@ class _Run:
         self._stage: tuple[SwitchStage, float] | None = None
         self._attempts = 0
         self._attempts_before = 0  # of the larger plans
+        self._plans: tuple[Placement, ...] = ()  # smaller ones, once memory has run out
         self._ran_short: list[str] = []  # what became of the larger plans
+        self.error: ShiftworkerError | None = None  # why the model was given up
         self._smaller: str | None = None  # what the plan gives up, if it is not the full one
         self._shorter: int | None = None  # tokens, if the plan's length is one of the things
         self._epoch = 0
@@ -234,11 +274,11 @@ class _Run:
     def carry_out(self, epoch: int) -> SwitchRecord:
         """Stop what must go, then start the model, in as many attempts as allowed."""
         self._epoch = epoch
-        model_id = self._placement.model_id
+        model_id = self.placement.model_id
         self._show(None)
         try:
             self._switcher.end_the_dead()
-            plan = plan_switch(self._board.read(), model_id, self._placement.memory.total)
+            plan = plan_switch(self._board.read(), model_id, self.placement.memory.total)
             logger.info("residency.planned", model_id=model_id, stop=plan.stop, reason=plan.reason)
             if self._board.read().ready(model_id):
                 return self.finished("ready", plan.reason)
@@ -265,7 +305,7 @@ class _Run:
         A download that stands still is ended by the hub's client itself, after a few tries: each read has its
         timeout (HF_HUB_DOWNLOAD_TIMEOUT, HF_XET_CLIENT_READ_TIMEOUT).
         """
-        download = _in_background(lambda: self._switcher._fetch(self._placement.spec))
+        download = _in_background(lambda: self._switcher._fetch(self.placement.spec))
         while not wait([download], timeout=_LOOK_S).done:
             self._end_if_leaving()
         download.result()
@@ -312,68 +352,90 @@ class _Run:
         A plan that an engine ran out of memory with is not loaded again until more is free than was then: every
         switch to its model would crash first.
         """
-        full, switcher = self._placement, self._switcher
+        full, ran_out = self.placement, self._switcher._ran_out
+        error = self._outcome_of(self._load_full)
+        if error is None:
+            ran_out.pop(full.model_id, None)
+        elif isinstance(error, OutOfMemory):
+            ran_out[full.model_id] = free_bytes(self._switcher._machine.read(), full)
+        if isinstance(error, OutOfMemory | TooLittleMemory):
+            self._plans = shrink(full, self._switcher._machine.read())
+        while error is not None:
+            if self._next(error).rung is not Rung.SMALLER:
+                raise type(error)("; ".join([*self._ran_short, error.message]))
+            self._take_smaller(full, error)
+            error = self._outcome_of(self._load_smaller)
+
+    def _outcome_of(self, load: Callable[[], None]) -> ShiftworkerError | None:
+        """Give the error that *load* ended with, None if the model is ready. Raises that the worker leaves."""
+        self._end_if_leaving()
         try:
-            self._check_more_is_free()
-            self._try(self._load)
-        except (OutOfMemory, TooLittleMemory) as error:
-            machine = switcher._machine.read()
-            if isinstance(error, OutOfMemory):
-                switcher._ran_out[full.model_id] = free_bytes(machine, full)
-            self._load_smaller(shrink(full, machine), error)
-        else:
-            switcher._ran_out.pop(full.model_id, None)
+            load()
+        except ShiftworkerError as error:
+            if self._switcher._leaving.is_set():
+                raise
+            return error
+        return None
+
+    def _load_full(self) -> None:
+        self._check_more_is_free()
+        self._try(self._load)
+
+    def _load_smaller(self) -> None:
+        self._look_at_memory()
+        self._try(self._load)
+
+    def _take_smaller(self, full: Placement, error: ShiftworkerError) -> None:
+        """Go on with the next smaller plan; *error* is why the one before cannot be loaded."""
+        plan, *rest = self._plans
+        self._plans = tuple(rest)
+        self._ran_short.append(error.message)
+        self.placement, self._smaller = plan, f"smaller than planned: {what_changed(full, plan)}"
+        self._shorter = plan.max_model_len if plan.max_model_len < full.max_model_len else None
+        self._attempts_before = self._attempts
+        logger.warning("residency.smaller_plan", model_id=plan.model_id, changed=self._smaller, reason=error.message)
+
+    def _next(self, error: ShiftworkerError, *, attempts_left: int = 0) -> Recovery:
+        """Ask what is tried after *error*, as far as this model goes."""
+        failure = Failure(
+            model_id=self.placement.model_id,
+            error=error,
+            attempts_left=attempts_left,
+            plans_left=len(self._plans),
+            shrunk=self._smaller is not None,
+        )
+        return recover(failure, Others())
 
     def _check_more_is_free(self) -> None:
         """Raise if the plan ran out of memory before, and no more is free than was then."""
-        before = self._switcher._ran_out.get(self._placement.model_id)
+        before = self._switcher._ran_out.get(self.placement.model_id)
         if before is None or self._force:
             return
-        free = free_bytes(self._switcher._machine.read(), self._placement)
+        free = free_bytes(self._switcher._machine.read(), self.placement)
         if free is not None and free < before + _NOISE_BYTES:
             raise TooLittleMemory(
-                f"{self._placement.model_id} ran out of memory with {before:,} bytes free, and {free:,} are now."
+                f"{self.placement.model_id} ran out of memory with {before:,} bytes free, and {free:,} are now."
             )
-
-    def _load_smaller(self, plans: tuple[Placement, ...], error: ShiftworkerError) -> None:
-        """Load the first of *plans* that can be; *error* is why the full one cannot. Raises the last one's error."""
-        full = self._placement
-        for plan in plans:
-            self._end_if_leaving()
-            self._ran_short.append(error.message)
-            self._placement, self._smaller = plan, f"smaller than planned: {what_changed(full, plan)}"
-            self._shorter = plan.max_model_len if plan.max_model_len < full.max_model_len else None
-            self._attempts_before = self._attempts
-            logger.warning(
-                "residency.smaller_plan", model_id=plan.model_id, changed=self._smaller, reason=error.message
-            )
-            try:
-                self._look_at_memory()
-                return self._try(self._load)
-            except (LoadFailed, TooLittleMemory) as failed:
-                error = failed
-        raise type(error)("; ".join([*self._ran_short, error.message]))
 
     def _look_at_memory(self) -> None:
         """Raise if there is too little for the plan: a smaller one is worth no waiting."""
-        problems = () if self._force else check_memory(self._switcher._machine.read(), self._placement)
+        problems = () if self._force else check_memory(self._switcher._machine.read(), self.placement)
         if problems:
             raise TooLittleMemory(f"{self._smaller}: {'; '.join(problems)}")
 
     def _try(self, step: Callable[[], None]) -> None:
         """Take *step*, again after a pause where that may help; raises the last attempt's error."""
-        for attempt in range(1, self._limits.attempts + 1):
+        for attempt in count(1):
             self._end_if_leaving()
             self._attempts = self._attempts_before + attempt
             try:
                 return step()
             except ShiftworkerError as error:
                 logger.warning(
-                    "residency.attempt_failed", model_id=self._placement.model_id, attempt=attempt, error=error.message
+                    "residency.attempt_failed", model_id=self.placement.model_id, attempt=attempt, error=error.message
                 )
-                last = attempt == self._limits.attempts or self._switcher._leaving.is_set()
-                # Out of memory with what was free by all looks: the next time too.
-                if last or not error.retry_helps or isinstance(error, OutOfMemory):
+                after = self._next(error, attempts_left=self._limits.attempts - attempt)
+                if after.rung is not Rung.RETRY or self._switcher._leaving.is_set():
                     raise
             self._switcher._pause(_PAUSE_S)
         return None
@@ -381,7 +443,7 @@ class _Run:
     def _end_if_leaving(self) -> None:
         """Raise if the worker leaves."""
         if self._switcher._leaving.is_set():
-            raise LoadFailed(f"{self._placement.model_id} was not loaded.")
+            raise LoadFailed(f"{self.placement.model_id} was not loaded.")
 
     def _load(self) -> None:
         try:
@@ -391,7 +453,7 @@ class _Run:
             raise
 
     def _load_and_verify(self) -> None:
-        placement = self._placement
+        placement = self.placement
         model_id = placement.model_id
         may_take_s = allow_s(self._limits.attempt_s, _weights_of(placement), self._switcher._load_speed())
         until = time.monotonic() + may_take_s
@@ -418,7 +480,7 @@ class _Run:
 
     def _measure(self, loaded: Loaded) -> Measured:
         """Put what the machine counts beside what the engine says."""
-        if not self._placement.gpus:
+        if not self.placement.gpus:
             return replace(loaded.measured, total=loaded.rss_bytes)
         held = count_bytes(self._switcher._machine.read(), loaded.pids) if loaded.pids else None
         return replace(loaded.measured, total=held)
@@ -428,16 +490,16 @@ class _Run:
         if self._force:
             return
         machine, limits = self._switcher._machine.read(), self._limits.load
-        if problems := check(machine, self._placement, limits):
-            refusal = LoadRefused if check_cards(machine, self._placement, limits) else TooLittleMemory
+        if problems := check(machine, self.placement, limits):
+            refusal = LoadRefused if check_cards(machine, self.placement, limits) else TooLittleMemory
             raise refusal(
-                f"{self._placement.model_id} is not loaded now: {'; '.join(problems)}. "
+                f"{self.placement.model_id} is not loaded now: {'; '.join(problems)}. "
                 "`shiftworker switch --force` loads it anyway."
             )
 
     def _clear_away(self) -> None:
         """Leave nothing of a failed attempt; what will not end stays on the board, with its memory."""
-        model_id = self._placement.model_id
+        model_id = self.placement.model_id
         self._board.set_level(model_id, Level.STOPPING)
         try:
             self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
@@ -450,12 +512,14 @@ class _Run:
         """Leave the model alone for a while: asked for again at once, it would fail at once."""
         if self._switcher._leaving.is_set():
             return self.finished("failed", f"the worker leaves: {error.message}")
-        model_id = self._placement.model_id
+        self.error = error
+        model_id = self.placement.model_id
         before = self._board.read().quarantined.get(model_id)
         failures = (before.failures if before else 0) + 1
         pause_s = self._limits.quarantine_s * 2 ** min(failures - 1, _MAX_QUARANTINE_DOUBLINGS)
+        now = time.time()
         self._board.quarantine(
-            model_id, Quarantine(until=time.time() + pause_s, failures=failures, reason=error.message)
+            model_id, Quarantine(since=now, until=now + pause_s, failures=failures, reason=error.message)
         )
         logger.error(
             "residency.quarantined", model_id=model_id, seconds=pause_s, failures=failures, error=error.message
@@ -466,12 +530,12 @@ class _Run:
         self._leave()
         self._stage = (stage, time.monotonic())
         self._show(stage)
-        logger.info("residency.stage", model_id=self._placement.model_id, stage=stage, detail=detail)
+        logger.info("residency.stage", model_id=self.placement.model_id, stage=stage, detail=detail)
         self._tell(self._on_stage, stage, detail)
 
     def _show(self, stage: SwitchStage | None) -> None:
         """Put it on the board that this switch is under way."""
-        model_id = self._placement.model_id
+        model_id = self.placement.model_id
         self._board.switching(
             Switching(to_model=model_id, epoch=self._epoch, since=time.time(), begun=True, stage=stage)
         )
@@ -481,7 +545,7 @@ class _Run:
         try:
             listener(*what)
         except Exception as error:  # noqa: BLE001 - whatever a listener's fault is, it is not the switch's
-            logger.warning("residency.not_told", model_id=self._placement.model_id, error=str(error))
+            logger.warning("residency.not_told", model_id=self.placement.model_id, error=str(error))
 
     def _leave(self) -> None:
         if self._stage is not None:
@@ -494,14 +558,14 @@ class _Run:
         self._leave()
         record = SwitchRecord(
             from_model=self._from,
-            to_model=self._placement.model_id,
+            to_model=self.placement.model_id,
             outcome=outcome,
             seconds=round(time.monotonic() - self._began, 4),
             stages={stage: round(seconds, 4) for stage, seconds in self._stages.items()},
             attempts=self._attempts,
             reason="; ".join(part for part in (self._reason, detail) if part),
             at=utc_now(),
-            load_bytes=_weights_of(self._placement),
+            load_bytes=_weights_of(self.placement),
         )
         logger.info("residency.switched", **record.model_dump(mode="json", exclude={"at"}))
         if outcome != "stale":

@@ -18,7 +18,7 @@ def merge_offers(offers: Sequence[Offer], *, alive: Collection[str]) -> tuple[Of
     2. Are all of them away?          Then every offer counts: the jobs wait for whoever comes back.
 
     Of a model that several counted workers offer, the newest offer counts, with the greatest length that any of
-    them gives it.
+    them gives it; it is away only if it is with each of them.
     """
     # (1) Some are alive.
     living = _newest(offer for offer in offers if offer.worker in alive)
@@ -42,5 +42,7 @@ def _newest(offers: Iterable[Offer]) -> dict[str, OfferedModel]:
     for offer in sorted(offers, key=lambda offer: (offer.at, offer.worker)):
         for model in offer.models:
             older = merged.get(model.id, model)
-            merged[model.id] = model.model_copy(update={"max_model_len": max(model.max_model_len, older.max_model_len)})
+            longest = max(model.max_model_len, older.max_model_len)
+            away = model.away and older.away
+            merged[model.id] = model.model_copy(update={"max_model_len": longest, "away": away})
     return merged

@@ -12,10 +12,14 @@ from common.schemas import SwitchStage
 
 
 class Level(StrEnum):
-    """How far a model is from answering."""
+    """How far a model is from answering; on the way there, or in one of the places it can be made ready from."""
 
-    STARTING = "starting"
     READY = "ready"
+    ASLEEP_1 = "asleep_1"  # its process lives, its weights are in the host's memory
+    ASLEEP_2 = "asleep_2"  # its process lives, its weights are in its files
+    SPARE = "spare"  # a process lives that could be any model's
+    COLD = "cold"  # nothing but files
+    STARTING = "starting"
     STOPPING = "stopping"
 
 
@@ -39,6 +43,7 @@ class Quarantine:
     until: float  # Unix seconds
     failures: int
     reason: str
+    since: float = 0.0  # Unix seconds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from worker.state.residency import Level
 def test_an_old_engine_that_will_not_end_fails_the_switch() -> None:
     """Two engines on one card is what must not happen; the next switch ends it first."""
     world = World().with_a_ready()
-    world.engine.stop_errors = [EngineTimeout("process 7 is still there")]
+    world.engine.stop_errors = [EngineTimeout("process 7 is still there")] * 2
     record = world.switch("b")
 
     assert (record.outcome, record.reason) == ("failed", "process 7 is still there")

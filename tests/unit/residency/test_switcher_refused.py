@@ -99,7 +99,7 @@ def test_the_heat_of_the_jobs_themselves_refuses_nothing() -> None:
 def test_what_was_not_serving_before_a_refusal_is_not_serving_after_it() -> None:
     """An engine that would not end is no engine to give jobs to."""
     world = World().with_a_ready()
-    world.engine.stop_errors = [EngineTimeout("process 7 is still there")]
+    world.engine.stop_errors = [EngineTimeout("process 7 is still there")] * 2
     world.switch("b")
     world.machine = HOT
     world.switch("b")

@@ -90,3 +90,16 @@ def test_what_only_an_absent_worker_can_do_waits_for_it() -> None:
     assert routed("Hi") == "plain"
     assert routed(picture) == "eyes"
     assert routed("word " * 3000) == "eyes"
+
+
+@pytest.mark.parametrize(("here", "there", "away"), [(True, True, True), (True, False, False), (False, False, False)])
+def test_a_model_is_away_only_if_it_is_with_every_worker(here: bool, there: bool, away: bool) -> None:  # noqa: FBT001 - parameters
+    """
+    It failed to load on one of them; whichever told its offer last.
+    """
+    for minutes in ((1, 2), (2, 1)):
+        offers = [
+            offer("a", minutes[0], model("large", away=here)),
+            offer("b", minutes[1], model("large", away=there)),
+        ]
+        assert [found.away for found in merge_offers(offers, alive={"a", "b"})] == [away]

@@ -61,6 +61,9 @@ class PaperWorld:
     def stop_cancelled_jobs(self) -> None:
         self.deeds.append("stop cancelled")
 
+    def route_again(self, model_id: str) -> None:
+        self.deeds.append(f"route {model_id} again")
+
     def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         self.deeds.append("publish")
         return summarize(
@@ -150,6 +153,38 @@ def test_when_nothing_can_be_loaded_nothing_is_asked(beat: Beat) -> None:
     beat.world.waits = waiting(a=1, b=1)
 
     assert beat() == ["serve", "stop cancelled", "publish"]
+
+
+def broken(*models: str, since: float = 100.0) -> Residency:
+    quarantine = Quarantine(since=since, until=since + 60, failures=1, reason="")
+    return replace(with_ready("a"), quarantined=dict.fromkeys(models, quarantine))
+
+
+def test_jobs_of_a_model_that_failed_are_routed_again_once(beat: Beat) -> None:
+    """As soon as every router knows; those that come back to it have nowhere else to go."""
+    beat.world.is_loaded = broken("b", since=beat.world.now)
+    beat.world.waits = waiting(b=3)
+    seconds = [second for second in range(1, 60) if "route b again" in beat(after_s=1)]
+    assert seconds == [3]
+
+    beat.world.is_loaded = broken("b", since=beat.world.now)
+    assert [second for second in range(1, 60) if "route b again" in beat(after_s=1)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("models", "waits"),
+    [
+        (("b",), {"a": 1}),
+        (("a", "b"), {"b": 1}),
+        ((), {"b": 1}),
+    ],  # none of its jobs wait; nothing else; it is not broken
+)
+def test_jobs_are_not_routed_again_in_vain(beat: Beat, models: tuple[str, ...], waits: dict[str, int]) -> None:
+    """Nobody would come, or back they would come."""
+    beat.world.is_loaded = broken(*models, since=beat.world.now)
+    beat.world.waits = waiting(**waits)
+
+    assert not any("again" in deed for _ in range(20) for deed in beat(after_s=1))
 
 
 def test_the_status_is_published_every_few_seconds(beat: Beat) -> None:

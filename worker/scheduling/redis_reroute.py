@@ -1,0 +1,78 @@
+"""
+Sends waiting jobs of one model back to the router: those that any model may answer. The others keep their place.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from common import keys
+from common.logs import get_logger
+from common.redis_client import RedisClient
+from common.schemas import AUTO
+
+logger = get_logger(__name__)
+
+_AT_ONCE = 100  # messages a round trip
+
+# KEYS: the list it waits in, the router's list, wake. ARGV: the message, the message for the router.
+# Nothing happens if somebody else took it in between. Returns 1 if it was moved.
+_MOVE = """
+if redis.call('LREM', KEYS[1], -1, ARGV[1]) == 0 then return 0 end
+redis.call('LPUSH', KEYS[2], ARGV[2])
+redis.call('XADD', KEYS[3], 'MAXLEN', '8', '*', 'q', '')
+return 1
+"""
+
+
+class RedisReroute:
+    """The model queues, for the case that a model cannot be loaded."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._redis = client
+
+    def waits(self, model_id: str) -> bool:
+        """Does a job wait for *model_id* that any model may answer?"""
+        queue = keys.model_queue(model_id)
+        return any(for_router(raw) for name in keys.lists_of(queue) for raw in self._messages(name))
+
+    def route_again(self, model_id: str) -> int:
+        """Send those jobs back to the router, in their order and with their priority; returns how many."""
+        moved = 0
+        queue = keys.model_queue(model_id)
+        for name, target in zip(keys.lists_of(queue), keys.lists_of(keys.SUBMIT_QUEUE), strict=True):
+            for raw in list(self._messages(name)):
+                if (again := for_router(raw)) is not None:
+                    moved += int(self._redis.eval(_MOVE, 3, name, target, keys.WAKE, raw, again))
+        if moved:
+            logger.info("routing.routed_again", model_id=model_id, jobs=moved)
+        return moved
+
+    def _messages(self, name: str) -> Iterator[str]:
+        """Read a list from its head, where consumers take: its right end."""
+        stop = -1
+        while batch := self._redis.lrange(name, stop - _AT_ONCE + 1, stop):
+            yield from reversed(batch)
+            stop -= _AT_ONCE
+
+
+def for_router(raw: str) -> str | None:
+    """
+    Write the message of a routed job as the router takes it; None if its job names a model, or it is none of ours.
+
+    Whatever else Celery put into it stays: who waits for the result, what comes after it, its priority.
+    """
+    try:
+        message: dict[str, Any] = json.loads(raw)
+        (request, _route), kwargs, embed = json.loads(base64.b64decode(message["body"]))
+        if message["headers"]["task"] != keys.GENERATE_TASK or request["model"].casefold() != AUTO:
+            return None
+        message["headers"] |= {"task": keys.SUBMIT_TASK, "argsrepr": "(again)"}
+        message["properties"]["delivery_info"]["routing_key"] = keys.SUBMIT_QUEUE
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    body = json.dumps([[request], kwargs, embed]).encode()
+    return json.dumps({**message, "body": base64.b64encode(body).decode()})
