@@ -63,7 +63,7 @@ def throughput(
 def _ready() -> Iterator[tuple[Settings, Path]]:
     """The settings, and a folder that is gone afterwards."""
     settings = Settings.from_env()
-    logs.configure("error", settings.log.format)
+    logs.configure("ERROR", settings.log.format)
     with tempfile.TemporaryDirectory(prefix="sw-", ignore_cleanup_errors=True) as folder:
         yield settings, Path(folder)
 
