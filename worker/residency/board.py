@@ -8,7 +8,7 @@ wrong model. Everything else is the switcher's, its only writer. Readers take a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -92,6 +92,10 @@ class ResidencyBoard:
         with self._changed:
             others = {name: q for name, q in self._residency.quarantined.items() if name != model_id}
             self._set(quarantined=others if quarantine is None else {**others, model_id: quarantine})
+
+    def unfreed(self, unfreed: Mapping[str, str]) -> None:
+        """What of the memory of models that ended is not back."""
+        self._set(unfreed=unfreed)
 
     def _set(self, **fields: object) -> None:
         with self._changed:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
+from logging import ERROR, INFO
 from typing import Any, Protocol
 
 from common.errors import (
@@ -36,6 +37,7 @@ from worker.memory.learn import learned
 from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits, check_cards, check_load, check_memory, free_bytes
+from worker.residency.confirm import Held, Owed, confirm_freed, owed_after_failure, owed_after_stop, taken_by
 from worker.residency.expect import allow_s
 from worker.residency.plan import plan_switch
 from worker.residency.recover import Failure, Others, Recovery, Rung, recover
@@ -51,6 +53,8 @@ _PAUSE_S = 2.0  # between attempts: time for a hot card or a leaving process
 _ABANDON_S = 5.0  # for a load to be interrupted; then it is asked again
 _LOOK_S = 0.2  # between two looks whether a switch has ended, or must
 _MAX_QUARANTINE_DOUBLINGS = 6
+_FREED_LOOKS = 50  # while the driver gives an ended process's memory back; together 10 s
+_FREED_LOOK_S = 0.2
 _NOISE_BYTES = 256 * 2**20  # by which free memory changes from look to look although no program came or went
 
 CANARY = "Say OK."
@@ -106,6 +110,9 @@ class Switcher:
         self._load_speed = load_speed
         self._ask_substitutable = substitutable
         self._ran_out: dict[str, int | None] = {}  # model -> bytes that were free when its plan ran out of memory
+        self._held: dict[str, Held] = {}  # by models that are loaded on cards
+        self._owed: list[Owed] = []  # by models that ended; waited for before the next load
+        self._lacking: list[Owed] = []  # waited for in vain
         self._leaving = threading.Event()
         self._pause = pause or self._leaving.wait
         self._one_at_a_time = threading.Lock()
@@ -207,7 +214,62 @@ class Switcher:
         for model_id in self._placements:
             if self._board.read().resident(model_id) is None and self._state(model_id) is not EngineState.STOPPED:
                 logger.warning("residency.dead_engine_ends", model_id=model_id)
-                self._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
+                self.stop(model_id)
+
+    def stop(self, model_id: str, *, begun_at: Machine | None = None) -> None:
+        """
+        End *model_id* and take it off the board; what its memory owes is noted.
+
+        *begun_at* is the machine as a load found it that has failed.
+
+        Raises
+        ------
+        EngineTimeout
+            Something of it is still there; it stays on the board.
+        """
+        cards, held = self._placements[model_id].gpus, self._held.get(model_id)
+        owed: Owed | None = None
+        if begun_at is not None:
+            owed = owed_after_failure(model_id, begun_at, cards)
+        elif cards and held is not None:
+            owed = owed_after_stop(model_id, held, self._machine.read(), cards)
+        self._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
+        self._board.remove(model_id)
+        self._held.pop(model_id, None)
+        if owed is not None:
+            self._owed.append(owed)
+
+    def look_at(self, placement: Placement) -> Machine | None:
+        """Read the machine if *placement* is on cards; what the host has is seen by its processes."""
+        return self._machine.read() if placement.gpus else None
+
+    def note_held(self, placement: Placement, pids: tuple[int, ...], before: Machine | None) -> None:
+        """Note what a model that is loaded holds of its cards; *before* is the machine without it."""
+        if before is not None:
+            taken = taken_by(before, self._machine.read(), placement.gpus)
+            self._held[placement.model_id] = Held(pids=pids, taken=taken)
+
+    def see_freed(self) -> None:
+        """
+        Wait until the cards show that the memory of models that ended is back.
+
+        What is not back at the deadline is an alert, and no longer waited for: the check before the load sees
+        whether enough is free all the same. The alert ends as soon as it is back.
+        """
+        if not (self._owed or self._lacking):
+            return
+        machine = self._machine.read()
+        for _ in range(_FREED_LOOKS):
+            if self._leaving.is_set() or not any(confirm_freed(owed, machine) for owed in self._owed):
+                break
+            self._pause(_FREED_LOOK_S)
+            machine = self._machine.read()
+        self._lacking = [owed for owed in (*self._lacking, *self._owed) if confirm_freed(owed, machine)]
+        self._owed = []
+        lacks = {owed.model_id: "; ".join(confirm_freed(owed, machine)) for owed in self._lacking}
+        if lacks != self._board.read().unfreed:
+            logger.log(ERROR if lacks else INFO, "residency.unfreed", lacks=lacks)
+            self._board.unfreed(lacks)
 
     def abandon(self) -> None:
         """
@@ -266,6 +328,7 @@ class _Run:
         self._ran_short: list[str] = []  # what became of the larger plans
         self.error: ShiftworkerError | None = None  # why the model was given up
         self._smaller: str | None = None  # what the plan gives up, if it is not the full one
+        self._begun_at: Machine | None = None  # the cards as the load under way found them
         self._shorter: int | None = None  # tokens, if the plan's length is one of the things
         self._epoch = 0
         ready = self._board.read().ready_models
@@ -342,8 +405,8 @@ class _Run:
         if stop:
             self._enter(SwitchStage.UNLOADING, f"{', '.join(stop)} ends")
         for model_id in stop:
-            self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
-            self._board.remove(model_id)
+            self._switcher.stop(model_id)
+        self._switcher.see_freed()
 
     def _load_what_fits(self) -> None:
         """
@@ -459,7 +522,10 @@ class _Run:
         until = time.monotonic() + may_take_s
         attempt = f"attempt {self._attempts - self._attempts_before} of {self._limits.attempts}"
         self._enter(SwitchStage.LOADING, "; ".join(filter(None, [attempt, self._smaller])))
+        self._begun_at = None
+        self._switcher.see_freed()  # after a failed attempt, say
         self._check(check_load)
+        before = self._begun_at = self._switcher.look_at(placement)
         resident = Resident(
             model_id=model_id,
             level=Level.STARTING,
@@ -474,6 +540,7 @@ class _Run:
         self._enter(SwitchStage.VERIFYING, f"loaded in {loaded.seconds:.1f} s, canary prompt")
         verify(engine, placement, timeout_s=max(1.0, until - time.monotonic()))
         measured = self._measure(loaded)
+        self._switcher.note_held(placement, loaded.pids, before)
         taken = learned(placement.memory, measured, on_card=bool(placement.gpus)).total
         self._board.put(replace(resident, level=Level.READY, bytes=taken, since=time.time()))
         self._tell(self._switcher._measured, placement, measured)
@@ -502,11 +569,9 @@ class _Run:
         model_id = self.placement.model_id
         self._board.set_level(model_id, Level.STOPPING)
         try:
-            self._switcher._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
+            self._switcher.stop(model_id, begun_at=self._begun_at)
         except ShiftworkerError as error:
             logger.exception("residency.remains", model_id=model_id, error=error.message)
-        else:
-            self._board.remove(model_id)
 
     def _give_up(self, error: ShiftworkerError) -> SwitchRecord:
         """Leave the model alone for a while: asked for again at once, it would fail at once."""

@@ -66,6 +66,7 @@ class Residency:
     residents: tuple[Resident, ...] = ()
     switching: Switching | None = None
     quarantined: Mapping[str, Quarantine] = field(default_factory=dict)
+    unfreed: Mapping[str, str] = field(default_factory=dict)  # model that ended -> what of its memory is not back
     switch_s: Mapping[str, float] = field(
         default_factory=dict
     )  # model -> what a switch to it will take; unknown = absent

@@ -89,7 +89,11 @@ def _alerts(machine: Machine, residency: Residency, max_temperature_c: float, no
         for r in sorted(residency.residents, key=lambda r: r.model_id)
         if r.smaller is not None
     )
-    return (*hot, *quarantined, *smaller)
+    unfreed = (
+        f"the memory of {model} is not all back although it has ended: {lacking}"
+        for model, lacking in sorted(residency.unfreed.items())
+    )
+    return (*hot, *quarantined, *smaller, *unfreed)
 
 
 def _gpu(gpu: Gpu) -> GpuStatus:

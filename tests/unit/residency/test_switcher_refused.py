@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_card_that_is_too_hot_keeps_the_model_it_has(card: dict[str, Any], say
 def test_a_card_that_cools_down_in_time_is_loaded() -> None:
     """The pause between two looks is for that."""
     world = World().with_a_ready()
-    looks = iter([HOT, HOT, COOL, COOL])
+    looks = chain([HOT, HOT], repeat(COOL))
 
     def look() -> None:
         world.machine = next(looks)

@@ -136,3 +136,12 @@ def test_a_model_that_was_loaded_smaller_says_so_as_long_as_it_is() -> None:
     assert status.alerts == ("a had too little memory and is smaller than planned: 2,048 tokens",)
     assert look(READY).alerts == ()
     assert look(READY).residents[0].smaller is None
+
+
+def test_memory_that_did_not_come_back_is_an_alert() -> None:
+    """With the model that held it, and what is missing."""
+    status = look(replace(READY, unfreed={"b": "card 0 has 1.0 GiB free, 9.0 GiB were expected"}))
+
+    assert status.alerts == (
+        "the memory of b is not all back although it has ended: card 0 has 1.0 GiB free, 9.0 GiB were expected",
+    )
