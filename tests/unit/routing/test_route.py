@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.errors import EngineNotReady, PromptTooLong, Refused, UnknownModel
@@ -266,12 +266,14 @@ def test_the_order_of_the_fleet_never_matters(
     assert answer(request, complexity, fleet) == answer(request, complexity, shuffled)
 
 
+@example(request=job("x"), complexity=1.0, fleet=[model("a", tier=1), model("b", tier=2)])
 @given(request=JOBS, complexity=st.sampled_from([0.0, 0.2, 0.35, 0.5, 1.0]), fleet=FLEETS)
 def test_a_route_names_a_model_that_is_offered_and_can_do_it(
     request: JobRequest, complexity: float, fleet: list[OfferedModel]
 ) -> None:
     """
-    It is in the fleet, was meant, declares what the body needs, and no cheaper equal one was passed over.
+    It is in the fleet, was meant, declares what the body needs, and of its equals it is the cheapest: or the strongest,
+    if none of them is trusted with the job.
     """
     offered = {model.id: model for model in fleet}
     name, _ = answer(request, complexity, fleet)
@@ -292,4 +294,5 @@ def test_a_route_names_a_model_that_is_offered_and_can_do_it(
         for twin in fleet
         if twin.model_copy(update={"id": "", "tier": 0}) == chosen.model_copy(update={"id": "", "tier": 0})
     ]
-    assert request.model in {"a", "A"} or chosen.tier == min(twin.tier for twin in twins)
+    best = min if complexity <= chosen.complexity_up_to else max
+    assert request.model in {"a", "A"} or chosen.tier == best(twin.tier for twin in twins)
