@@ -1,5 +1,5 @@
 """
-What every engine promises, shown on each: the stub, llama.cpp and vLLM, the last two real.
+What every engine promises, shown on each: the stub, llama.cpp, vLLM and an endpoint elsewhere, all but the first real.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+from pydantic import SecretStr
 
 from common.errors import EngineDied, EngineNotReady, EngineTimeout, InvalidRequest, LoadFailed, PromptTooLong
 from common.settings import LlamaCppSettings
 from tests.factories import make_placement, make_spec
+from tests.fakes.cloud_server import CloudServer
 from tests.vllm_here import vllm_python
 from tests.waiting import eventually
 from worker.catalog.local import read_facts
@@ -27,6 +29,7 @@ from worker.demo.tiny_models import make_tiny_gguf
 from worker.engines.assemble import complete, join
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, OnChunk, StopSignal
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
+from worker.engines.remote import RemoteEngine
 from worker.engines.stub import StubEngine
 from worker.engines.vllm_host import VllmHostEngine
 from worker.engines.vllm_server import VllmServerEngine
@@ -47,6 +50,8 @@ class Kit:
     placement: Placement
     kill: Callable[[], object]  # as `kill -9` of the process that computes
     working: Callable[[], bool]  # is it busy with a request?
+    revive: Callable[[], object] = lambda: None  # start what `kill` ended, where that is not the engine's to do
+    end: Callable[[], object] = lambda: None  # end what `revive` started
 
     @property
     def model_id(self) -> str:
@@ -55,6 +60,7 @@ class Kit:
 
     def ready(self) -> None:
         """Have the model ready, whatever the test before left."""
+        self.revive()
         self.engine.ensure_ready(self.placement, timeout_s=START_S)
 
     def ask(
@@ -151,6 +157,22 @@ def vllm_host_kit(folder: Path) -> Kit:
     return server_kit(vllm_host(folder), tiny_hf(folder), guards=0)
 
 
+def remote_kit(folder: Path) -> Kit:
+    """What an OpenAI-compatible endpoint is, with a key: llama.cpp's server, on TCP, in a process that is not ours."""
+    model = make_tiny_gguf(folder / "tiny.gguf", context=LENGTH)
+    there = CloudServer(folder, model=model, context=LENGTH, slots=SLOTS)
+    engine = RemoteEngine(url=there.url, api_key=SecretStr(there.key), model="its-own-name")
+
+    return Kit(
+        engine=engine,
+        placement=make_placement("any-model", max_model_len=LENGTH),
+        kill=there.kill,
+        working=there.working,
+        revive=there.start,
+        end=there.kill,
+    )
+
+
 def files_of(spec: ModelSpec) -> Path:
     assert spec.path is not None
     return spec.path
@@ -158,6 +180,7 @@ def files_of(spec: ModelSpec) -> Path:
 
 KITS = [
     pytest.param(stub_kit, id="stub"),
+    pytest.param(remote_kit, id="remote"),
     pytest.param(llamacpp_kit, id="llamacpp"),
     pytest.param(vllm_server_kit, id="vllm-server", marks=pytest.mark.vllm),
     pytest.param(vllm_host_kit, id="vllm-host", marks=pytest.mark.vllm),
@@ -170,6 +193,7 @@ def kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     made: Kit = request.param(tmp_path_factory.mktemp("engine"))
     yield made
     made.engine.close()
+    made.end()
 
 
 @pytest.fixture
@@ -218,10 +242,10 @@ def test_ready_twice_starts_once(kit: Kit) -> None:
 
 
 def test_a_load_says_what_memory_it_took(kit: Kit) -> None:
-    """What the process tree holds; and vLLM itself, how many tokens of 1 KiB (2 layers, 4 heads of 32) its pool has."""
+    """What the processes hold, if any; vLLM itself, how many tokens of 1 KiB (2 layers, 4 heads of 32) its pool has."""
     loaded = kit.engine.ensure_ready(kit.placement, timeout_s=START_S)
 
-    if kit.engine.kind is EngineKind.STUB:
+    if not loaded.pids:
         assert loaded.rss_bytes is None
         return
     assert loaded.rss_bytes is not None

@@ -121,8 +121,8 @@ class Engine(Protocol):
     """One kind of engine; it may run several models, each in a process tree of its own."""
 
     @property
-    def kind(self) -> EngineKind:
-        """Which kind of catalogue entry this engine runs."""
+    def kind(self) -> EngineKind | None:
+        """Which kind of catalogue entry this engine runs; None = none, it stands in for models of any kind."""
         ...
 
     def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:

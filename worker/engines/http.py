@@ -1,5 +1,5 @@
 """
-Speaks HTTP to engines on Unix sockets: many calls at once, each of which can be stopped.
+Speaks HTTP to engines, on Unix sockets and at URLs: many calls at once, each of which can be stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -25,6 +26,8 @@ MAX_CONNECTIONS = 128
 # that the server is just closing would look like the engine's death.
 KEEPALIVE_S = 2.0
 
+CONNECT_S = 10.0  # to an endpoint at a URL; a socket answers at once or not at all
+
 # httpx's pool looks at each of its connections at each request, so 128 in one pool cost more than the requests:
 # against llama.cpp 37-79 jobs/s, in 16 pools of 8 217 (128 calls at once, 2 cores).
 POOLS = 16
@@ -37,7 +40,10 @@ class Answer:
     status: int
     content: bytes
     streamed: bool = False  # it came as events, and each was given to `on_event`
+    retry_after: str | None = None  # the header of that name: how long the server wants to be left alone
 
+
+Address = Path | str  # a Unix socket, or the URL that paths are added to
 
 _LAST_EVENT = b"[DONE]"
 
@@ -91,13 +97,13 @@ class _Body(httpx.AsyncByteStream):
 
 class EngineHttp:
     """
-    One event loop in a thread of its own, one pool of connections per socket.
+    One event loop in a thread of its own, the connections of each address in a client of its own.
 
     A call that is stopped closes its connection; that is how the engine's server learns to abort it.
     """
 
     def __init__(self) -> None:
-        self._clients: dict[Path, httpx.AsyncClient] = {}  # touched by the loop's thread only
+        self._clients: dict[Address, httpx.AsyncClient] = {}  # touched by the loop's thread only
         self._calls: set[asyncio.Task[Answer]] = set()  # likewise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="engine-http", daemon=True)
@@ -105,13 +111,14 @@ class EngineHttp:
 
     def post(
         self,
-        socket: Path,
+        address: Address,
         path: str,
         body: Mapping[str, Any],
         *,
         timeout_s: float,
         stop: StopSignal,
         on_event: Callable[[bytes], object] | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Answer:
         """
         Send *body* and wait for the whole answer; called from many threads at once.
@@ -122,14 +129,16 @@ class EngineHttp:
         Raises
         ------
         EngineDied
-            Nobody listens on *socket*, or the connection broke before the whole answer was here.
+            Nobody listens at *address*, or the connection broke before the whole answer was here.
         EngineTimeout
             No whole answer within *timeout_s*.
         JobStopped
             *stop* was set first.
         """
         content = json.dumps(body).encode()
-        call = asyncio.run_coroutine_threadsafe(self._post(socket, path, content, timeout_s, on_event), self._loop)
+        call = asyncio.run_coroutine_threadsafe(
+            self._post(address, path, content, headers, timeout_s=timeout_s, on_event=on_event), self._loop
+        )
         stop.on_stop(call.cancel)
         try:
             return call.result()
@@ -141,12 +150,12 @@ class EngineHttp:
             raise EngineTimeout(
                 f"The engine did not answer within {timeout_s:g} s. Ask for fewer tokens, or raise JOB_TIMEOUT_S."
             ) from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise EngineDied(f"The connection to the engine broke: {type(error).__name__} {error}".rstrip()) from error
 
-    def forget(self, socket: Path) -> None:
-        """Close the connections to *socket*; its engine has ended."""
-        asyncio.run_coroutine_threadsafe(self._forget(socket), self._loop).result()
+    def forget(self, address: Address) -> None:
+        """Close the connections to *address*; its engine has ended."""
+        asyncio.run_coroutine_threadsafe(self._forget(address), self._loop).result()
 
     def close(self) -> None:
         """End running calls (they raise EngineDied), close every connection, end the thread. Twice is once."""
@@ -162,21 +171,32 @@ class EngineHttp:
         self._loop.close()
 
     async def _post(
-        self, socket: Path, path: str, content: bytes, timeout_s: float, on_event: Callable[[bytes], object] | None
+        self,
+        address: Address,
+        path: str,
+        content: bytes,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float,
+        on_event: Callable[[bytes], object] | None,
     ) -> Answer:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine that runs on a loop is a task
         self._calls.add(task)
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **headers}
         if on_event is not None:
             headers["Connection"] = "close"  # llama.cpp ends a connection some time after a stream, and does not say so
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._client(socket).stream("POST", path, content=content, headers=headers) as response,
+                self._client(address).stream("POST", path, content=content, headers=headers) as response,
             ):
                 if on_event is None or not response.headers.get("Content-Type", "").startswith("text/event-stream"):
-                    return Answer(status=response.status_code, content=await response.aread())
+                    return Answer(
+                        status=response.status_code,
+                        content=await response.aread(),
+                        retry_after=response.headers.get("Retry-After"),
+                    )
                 last = b""
                 async for last in _events(response):
                     if last != _LAST_EVENT:
@@ -187,18 +207,13 @@ class EngineHttp:
             raise EngineDied("The engine's stream ended in the middle of the answer.")
         return Answer(status=response.status_code, content=b"", streamed=True)
 
-    def _client(self, socket: Path) -> httpx.AsyncClient:
-        if socket not in self._clients:
-            self._clients[socket] = httpx.AsyncClient(
-                transport=_Spread(socket),
-                base_url="http://engine",
-                timeout=None,  # noqa: S113 - one deadline for the whole call, in _post
-                trust_env=False,  # a proxy of the environment is not for a Unix socket
-            )
-        return self._clients[socket]
+    def _client(self, address: Address) -> httpx.AsyncClient:
+        if address not in self._clients:
+            self._clients[address] = _open(address)
+        return self._clients[address]
 
-    async def _forget(self, socket: Path) -> None:
-        if client := self._clients.pop(socket, None):
+    async def _forget(self, address: Address) -> None:
+        if client := self._clients.pop(address, None):
             await client.aclose()
 
     async def _close(self) -> None:
@@ -206,8 +221,22 @@ class EngineHttp:
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        for socket in list(self._clients):
-            await self._forget(socket)
+        for address in list(self._clients):
+            await self._forget(address)
+
+
+def _open(address: Address) -> httpx.AsyncClient:
+    """Build the client for *address*; one deadline holds for a whole call, in `_post`. Redirects are not followed."""
+    if isinstance(address, Path):
+        # A proxy of the environment is not for a Unix socket.
+        return httpx.AsyncClient(
+            transport=_Spread(address),
+            base_url="http://engine",
+            timeout=None,  # noqa: S113 - see above
+            trust_env=False,
+        )
+    limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_S)
+    return httpx.AsyncClient(base_url=address, timeout=httpx.Timeout(None, connect=CONNECT_S), limits=limits)
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[bytes]:

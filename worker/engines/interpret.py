@@ -87,10 +87,16 @@ def completion_of(response: Mapping[str, Any], *, run_s: float) -> Completion:
     )
 
 
+def quote(content: bytes) -> str:
+    """Give what an answer that is no completion says, in its own words, as a short sentence."""
+    said = str(_part(_object(content) or {}, "error").get("message") or content.decode(errors="replace"))
+    return said[:_QUOTED_CHARS].strip().rstrip(".") + "."
+
+
 def _error(status: int, body: Mapping[str, Any] | None, content: bytes) -> ShiftworkerError:
     """What an answer that is no completion says of the body or of the engine."""
     details = _part(body or {}, "error")
-    said = str(details.get("message") or content.decode(errors="replace"))[:_QUOTED_CHARS].strip().rstrip(".") + "."
+    said = quote(content)
     if status in _BUSY:
         return EngineNotReady(f"The engine takes no requests now (HTTP {status}): {said}")
     if details.get("type") == _TOO_LONG_TYPE or any(text in said for text in _TOO_LONG_TEXT):
