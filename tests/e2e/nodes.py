@@ -87,7 +87,7 @@ class ProgramNode:
             assert self.process.poll() is None, f"{self.name} ended:\n{self.logs()[-3000:]}"
             return self._ready_line in self.logs()[self._read_from :]
 
-        eventually(up, within_s=60, what=f"{self.name} says {self._ready_line!r}")
+        eventually(up, within_s=180, what=f"{self.name} says {self._ready_line!r}")
         return True
 
     def reload(self) -> None:

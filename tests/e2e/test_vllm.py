@@ -24,8 +24,8 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_hf(tmp_path_factory.mktemp("hf") / "tiny-llama")
 
 
-@pytest.fixture
-def node_env(node_env: dict[str, str], tiny_hf: Path) -> dict[str, str]:
+@pytest.fixture(params=["host", "server"])
+def node_env(node_env: dict[str, str], tiny_hf: Path, request: pytest.FixtureRequest) -> dict[str, str]:
     """Nothing is said but the model's folder and its length; no catalogue entry knows it."""
     return {
         **node_env,
@@ -33,7 +33,16 @@ def node_env(node_env: dict[str, str], tiny_hf: Path) -> dict[str, str]:
         "VLLM_MODEL": str(tiny_hf),
         "VLLM_MAX_MODEL_LEN": "1024",
         "VLLM_PYTHON": str(vllm_python()),
+        "VLLM_CHANNEL": request.param,
     }
+
+
+def holds_the_model(process: psutil.Process) -> bool:
+    """The server has a process of its own for that; the engine host forks one, which has the host's command line."""
+    parent = process.parent()
+    return "EngineCore" in " ".join(process.cmdline()) or (
+        "vllm_host_main" in " ".join(process.cmdline()) and parent is not None and parent.cmdline() == process.cmdline()
+    )
 
 
 def test_jobs_run_on_vllm_and_survive_its_death(box: Box) -> None:
@@ -54,7 +63,7 @@ def test_jobs_run_on_vllm_and_survive_its_death(box: Box) -> None:
     sent = [box.send(f"Long {n}", max_tokens=900, ignore_eos=True) for n in range(4)]
     eventually(lambda: any(box.client.status(job.id).state is JobState.RUNNING for job in sent), within_s=30)
     tree = psutil.Process(box.worker.container.process.pid).children(recursive=True)
-    core = next(p for p in tree if "EngineCore" in " ".join(p.cmdline()))
+    core = next(process for process in tree if holds_the_model(process))
     core.kill()
     results = [job.get(timeout=240) for job in sent]
     assert max(r["ledger"]["attempt"] for r in results) == 2
