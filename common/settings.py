@@ -7,16 +7,25 @@ An empty variable counts as not set, so that a compose file may pass everything 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from common.errors import BadSetting
 from common.redis_client import without_password
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+
+
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+def _split_at_commas(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 class _Group(BaseSettings):
@@ -75,10 +84,7 @@ class ModelSettings(_Group):
     only: Annotated[tuple[str, ...], NoDecode] = Field((), description="serve only these ids, comma separated")
     dir: Path | None = Field(None, description="where relative paths in a catalogue start; unset = its folder")
 
-    @field_validator("only", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    _split = field_validator("only", mode="before")(_split_at_commas)
 
 
 class WorkerSettings(_Group):
@@ -121,6 +127,54 @@ class JobSettings(_Group):
     timeout_s: Seconds = Field(600, description="in the engine, per attempt")
     max_attempts: int = Field(5, ge=1, le=100, description="engine deaths under one job before it is set aside")
     result_ttl_s: Seconds = Field(24 * 3600, description="how long outcomes and streams are kept")
+
+
+class CloudSettings(_Group):
+    """An OpenAI-compatible endpoint that stands in for models which cannot be made ready here; off without a URL."""
+
+    model_config = SettingsConfigDict(env_prefix="CLOUD_")
+
+    url: str | None = Field(None, description="with the version, e.g. https://api.openai.com/v1; unset = off")
+    api_key: SecretStr | None = Field(None, description="unset = the endpoint needs none")
+    model: str | None = Field(None, validate_default=True, description="what the endpoint calls the model")
+    for_models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="ids it may stand in for, comma separated; unset = all, for jobs that name no model"
+    )
+    capabilities: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("chat",), description="what that model can do: chat, completion, tools, vision, json; comma separated"
+    )
+    parallel: int = Field(8, ge=1, le=1024, description="jobs that are there at once")
+
+    _split = field_validator("for_models", "capabilities", mode="before")(_split_at_commas)
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        parts = urlsplit(value or "https://none")
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("must start with https:// (or http://) and name a host")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("must be an address alone; the key goes into CLOUD_API_KEY")
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_a_key(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is None:
+            return None
+        if re.fullmatch(r"[!-~]+", value.get_secret_value()) is None:
+            raise ValueError("must be visible ASCII characters only, as HTTP's headers are")
+        parts = urlsplit(info.data.get("url") or "https://none")
+        if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+            raise ValueError("a key over http:// can be read on its way; CLOUD_URL must be https:// or on the loopback")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _is_named(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("url") is not None and value is None:
+            raise ValueError("CLOUD_URL needs it")
+        return value
 
 
 class DeliverySettings(_Group):
@@ -181,6 +235,7 @@ class Settings(BaseModel):
     worker: WorkerSettings
     switch: SwitchSettings
     job: JobSettings
+    cloud: CloudSettings
     delivery: DeliverySettings
     routing: RoutingSettings
     status: StatusSettings

@@ -42,6 +42,10 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SWITCH_TIMEOUT_S", "-1", "greater than 0 (for one attempt to load and verify)"),
         ("SWITCH_ATTEMPTS", "11", "less than or equal to 10"),
         ("JOB_RESULT_TTL_S", "forever", "valid number"),
+        ("CLOUD_URL", "api.example.org/v1", "must start with https:// (or http://) and name a host"),
+        ("CLOUD_URL", "https://", "must start with https:// (or http://) and name a host"),
+        ("CLOUD_URL", "https://api.example.org/v1?key=k", "must be an address alone; the key goes into CLOUD_API_KEY"),
+        ("CLOUD_PARALLEL", "0", "greater than or equal to 1 (jobs that are there at once)"),
         ("DELIVERY_LEASE_S", "0", "greater than 0"),
         ("STATUS_STREAM_LENGTH", "0", "greater than or equal to 1"),
         ("LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
@@ -82,6 +86,39 @@ def test_a_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         Settings.from_env()
     assert "REDIS_URL='http://shiftworker:...@redis:6379'" in caught.value.message
     assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "why"),
+    [
+        ("https://api.example.org/v1", "two words", "visible ASCII"),  # httpx would quote it in its error
+        ("https://api.example.org/v1", "schlüssel", "visible ASCII"),
+        ("http://api.example.org/v1", "hunter2", "can be read on its way"),
+        ("https://me:hunter2@api.example.org/v1", "k", "an address alone"),
+    ],
+)
+def test_a_key_that_would_be_told_is_refused(monkeypatch: pytest.MonkeyPatch, url: str, key: str, why: str) -> None:
+    """And not shown while it is."""
+    monkeypatch.setenv("CLOUD_URL", url)
+    monkeypatch.setenv("CLOUD_API_KEY", key)
+    monkeypatch.setenv("CLOUD_MODEL", "theirs")
+    with pytest.raises(BadSetting, match=why) as caught:
+        Settings.from_env()
+
+    assert not any(secret in caught.value.message for secret in ("two words", "schlüssel", "hunter2"))
+
+
+def test_an_endpoint_needs_the_name_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could guess it; on the loopback no TLS is asked for."""
+    monkeypatch.setenv("CLOUD_URL", "http://127.0.0.1:8000/v1")
+    monkeypatch.setenv("CLOUD_API_KEY", "k")
+    with pytest.raises(BadSetting, match="CLOUD_MODEL=None: CLOUD_URL needs it"):
+        Settings.from_env()
+
+    monkeypatch.setenv("CLOUD_MODEL", "theirs")
+    monkeypatch.setenv("CLOUD_FOR_MODELS", "small, large")
+    cloud = Settings.from_env().cloud
+    assert (cloud.model, cloud.for_models, cloud.capabilities) == ("theirs", ("small", "large"), ("chat",))
 
 
 def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
