@@ -275,7 +275,11 @@ class _Worker:
         choice = found.choice
         placements = {placement.model_id: placement for placement in choice.placements}
         engines = build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
-        board = ResidencyBoard(capacity=_capacity(found.machine), max_residents=settings.switch.max_residents)
+        board = ResidencyBoard(
+            capacity=found.machine.ram_total_bytes,
+            cards={gpu.index: gpu.total_bytes for gpu in found.machine.gpus},
+            max_residents=settings.switch.max_residents,
+        )
         reroute = RedisReroute(client)
         switch_times = RedisSwitchTimes(client, self._name)
         history = SwitchHistory(
@@ -440,11 +444,6 @@ def _switch_limits(settings: Settings) -> SwitchLimits:
         quarantine_s=switch.quarantine_s,
         load=LoadLimits(max_temperature_c=switch.max_temperature_c, max_power_share=switch.max_power_share),
     )
-
-
-def _capacity(machine: Machine) -> int:
-    """Bytes that models may take together: all cards', or the host's memory where there is none."""
-    return sum(gpu.total_bytes for gpu in machine.gpus) or machine.ram_total_bytes
 
 
 # --- Names, folders, connections --------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from worker.hardware.gpu import Machine, MachineReader
 from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.residency.history import SwitchHistory
-from worker.residency.switcher import Switcher
+from worker.residency.plan import fitting_beside
+from worker.residency.switcher import Switcher, needs_of
 from worker.scheduling.celery_consumer import CeleryConsumer
 from worker.scheduling.pick import Turn
 from worker.scheduling.redis_queues import RedisQueues
@@ -54,6 +55,7 @@ class WorkerWorld:
     ) -> None:
         self._name = name
         self._placements = tuple(placements)
+        self._needs = {placement.model_id: needs_of(placement) for placement in self._placements}
         self._reader = reader
         self._board = board
         self._switcher = switcher
@@ -83,7 +85,9 @@ class WorkerWorld:
         now_ready = next(iter(residency.ready_models), None)
         expected = {p.model_id: self._history.expected_switch_s(now_ready, p.model_id) for p in self._placements}
         return replace(
-            residency, switch_s={model: seconds for model, seconds in expected.items() if seconds is not None}
+            residency,
+            switch_s={model: seconds for model, seconds in expected.items() if seconds is not None},
+            beside=fitting_beside(residency, self._needs),
         )
 
     def ask_for_switch(self, turn: Turn) -> None:

@@ -19,8 +19,8 @@ from worker.state.residency import Level, Quarantine, Residency, Resident, Switc
 class ResidencyBoard:
     """What is loaded now, for many threads."""
 
-    def __init__(self, *, capacity: int, max_residents: int) -> None:
-        self._residency = Residency(capacity=capacity, max_residents=max_residents)
+    def __init__(self, *, capacity: int, max_residents: int, cards: Mapping[int, int] | None = None) -> None:
+        self._residency = Residency(capacity=capacity, cards=cards or {}, max_residents=max_residents)
         self._changed = threading.Condition()
 
     def read(self) -> Residency:

@@ -43,7 +43,7 @@ from worker.residency.plan import plan_switch
 from worker.residency.recover import Failure, Others, Recovery, Rung, recover
 from worker.residency.shrink import shrink, what_changed
 from worker.selection.placement import Placement
-from worker.state.residency import Level, Quarantine, Resident, Switching
+from worker.state.residency import Level, Quarantine, Resident, Switching, by_place
 
 logger = get_logger(__name__)
 
@@ -341,7 +341,7 @@ class _Run:
         self._show(None)
         try:
             self._switcher.end_the_dead()
-            plan = plan_switch(self._board.read(), model_id, self.placement.memory.total)
+            plan = plan_switch(self._board.read(), model_id, needs_of(self.placement))
             logger.info("residency.planned", model_id=model_id, stop=plan.stop, reason=plan.reason)
             if self._board.read().ready(model_id):
                 return self.finished("ready", plan.reason)
@@ -530,6 +530,8 @@ class _Run:
             model_id=model_id,
             level=Level.STARTING,
             bytes=placement.memory.total,
+            gpus=placement.gpus,
+            host_bytes=placement.memory.host,
             since=time.time(),
             smaller=self._smaller,
             max_model_len=self._shorter,
@@ -639,6 +641,11 @@ class _Run:
             self._show(stage)
             self._tell(self._on_stage, stage, record.reason)
         return record
+
+
+def needs_of(placement: Placement) -> Mapping[int, int]:
+    """What a model takes by its plan, by card and HOST."""
+    return by_place(size=placement.memory.total, gpus=placement.gpus, host_bytes=placement.memory.host)
 
 
 def _weights_of(placement: Placement) -> int:

@@ -35,11 +35,13 @@ def pick_turn(
     Jobs are collated by model, with a bound on waiting. The questions, in order:
 
     1. Is nothing waiting?                            Keep what is ready; load *starting* if nothing is.
-    2. Has a model with jobs just become ready?       Keep it for *min_turn_s*, lest an overload only switches.
-    3. Has a job waited longer than *max_wait_s*?     The model of the one that waits longest.
-    4. Are there jobs for a model that is ready?      Keep it: a switch costs seconds, its next job nothing.
-    5. Do jobs run that a switch would wait for?      Keep their model: what arrives meanwhile runs with them.
-    6. Otherwise                                      The model of the job that waits longest.
+    2. Is there room for a model with jobs beside     That one: whatever is ready stays so. Of several, the model of
+       those that are loaded?                         the job that waits longest. Not while (4) is the matter.
+    3. Has a model with jobs just become ready?       Keep it for *min_turn_s*, lest an overload only switches.
+    4. Has a job waited longer than *max_wait_s*?     The model of the one that waits longest.
+    5. Are there jobs for a model that is ready?      Keep it: a switch costs seconds, its next job nothing.
+    6. Do jobs run that a switch would wait for?      Keep their model: what arrives meanwhile runs with them.
+    7. Otherwise                                      The model of the job that waits longest.
 
     A model in quarantine gets no turn. A job whose age is unknown counts as new; ties go by name.
     """
@@ -59,28 +61,36 @@ def pick_turn(
 
     at_work = sorted((r for r in ready if r.model_id in waiting), key=lambda r: (-age(r.model_id), r.model_id))
 
-    # (2) A turn just begun.
+    # (2) Room for one more.
+    longest = min(waiting, key=lambda model: (-age(model), model))
+    beside = [model for model in waiting if residency.residents and model in residency.beside]
+    if beside and (longest in beside or age(longest) <= max_wait_s):
+        first = min(beside, key=lambda model: (-age(model), model))
+        return Turn(
+            model_id=first, reason=f"{backlog.count(first)} of its jobs wait, and it fits beside what is loaded"
+        )
+
+    # (3) A turn just begun.
     if fresh := next((r for r in at_work if now - r.since < min_turn_s), None):
         return Turn(model_id=fresh.model_id, reason=f"its turn began {now - fresh.since:.0f} s ago")
 
-    # (3) Over the bound.
-    longest = min(waiting, key=lambda model: (-age(model), model))
+    # (4) Over the bound.
     if age(longest) > max_wait_s:
         return Turn(model_id=longest, reason=f"a job has waited {age(longest):.0f} s, the bound is {max_wait_s:.0f} s")
 
-    # (4) Collate.
+    # (5) Collate.
     if at_work:
         first = at_work[0].model_id
         return Turn(model_id=first, reason=f"{backlog.count(first)} of its jobs wait and it is ready")
 
-    # (5) Jobs that a switch would have to wait for.
+    # (6) Jobs that a switch would have to wait for.
     full = len(residency.residents) >= residency.max_residents
     if full and (busy := next((r for r in ready if r.in_flight), None)):
         return Turn(
             model_id=busy.model_id, reason=f"{busy.in_flight} of its jobs run, and a switch would wait for them"
         )
 
-    # (6) Switch.
+    # (7) Switch.
     return Turn(model_id=longest, reason=f"{backlog.count(longest)} of its jobs wait, none for what is ready")
 
 

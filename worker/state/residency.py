@@ -4,11 +4,19 @@ What is on the machine now: a frozen reading. Only the switcher writes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from common.schemas import SwitchStage
+
+HOST: Final = -1  # stands for the host's memory where the index of a card could
+
+
+def by_place(*, size: int, gpus: Collection[int], host_bytes: int = 0) -> Mapping[int, int]:
+    """Bytes by card, or of HOST: *size* on each of *gpus* and *host_bytes* beside them; without cards, all of HOST."""
+    return {**dict.fromkeys(gpus, size), HOST: host_bytes} if gpus else {HOST: size}
 
 
 class Level(StrEnum):
@@ -29,11 +37,18 @@ class Resident:
 
     model_id: str
     level: Level
-    bytes: int  # what it takes, measured where it can be, else estimated
+    bytes: int  # what it takes of each of its cards, or of the host; measured where it can be, else estimated
     since: float  # Unix seconds
+    gpus: tuple[int, ...] = ()  # its cards; empty = the host
+    host_bytes: int = 0  # what a model on cards takes of the host
     in_flight: int = 0  # jobs the engine works on
     smaller: str | None = None  # what it was loaded with instead of its plan, and why; None = as planned
     max_model_len: int | None = None  # tokens, where it was loaded with fewer than planned
+
+    @property
+    def held(self) -> Mapping[int, int]:
+        """What it takes, by card and HOST."""
+        return by_place(size=self.bytes, gpus=self.gpus, host_bytes=self.host_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +76,8 @@ class Switching:
 class Residency:
     """Everything that decisions need to know of the loaded models."""
 
-    capacity: int  # bytes that models may take together
+    capacity: int  # bytes of the host that models may take together
+    cards: Mapping[int, int] = field(default_factory=dict)  # card -> its bytes
     max_residents: int  # how many may be ready side by side
     residents: tuple[Resident, ...] = ()
     switching: Switching | None = None
@@ -71,10 +87,17 @@ class Residency:
         default_factory=dict
     )  # model -> what a switch to it will take; unknown = absent
 
+    beside: frozenset[str] = frozenset()  # models that could be loaded now without stopping any
+
     @property
-    def free(self) -> int:
-        """Bytes that no resident takes."""
-        return self.capacity - sum(resident.bytes for resident in self.residents)
+    def places(self) -> Mapping[int, int]:
+        """All bytes there are, by card and HOST."""
+        return {HOST: self.capacity, **self.cards}
+
+    def free(self, residents: Collection[Resident] | None = None) -> Mapping[int, int]:
+        """Bytes that no resident takes, by card and HOST; or that none of *residents* would."""
+        held = [resident.held for resident in (self.residents if residents is None else residents)]
+        return {place: size - sum(taken.get(place, 0) for taken in held) for place, size in self.places.items()}
 
     def resident(self, model_id: str) -> Resident | None:
         """The resident named *model_id*, whatever its level."""

@@ -4,7 +4,7 @@ Whose turn it is, in every small world: promises that hold in all of them, and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
 
@@ -44,7 +44,14 @@ World = dict[str, Model]
 SINCE = {"ready": NOW - 100, "fresh": NOW - 5, "starting": NOW}
 
 
-def pick(world: World, *, starting: str | None = "a", order: tuple[str, ...] | None = None, places: int = 1) -> Turn:
+def pick(
+    world: World,
+    *,
+    starting: str | None = "a",
+    order: tuple[str, ...] | None = None,
+    places: int = 1,
+    beside: Collection[str] = (),
+) -> Turn:
     names = order or tuple(world)
     residents = tuple(
         Resident(
@@ -62,6 +69,7 @@ def pick(world: World, *, starting: str | None = "a", order: tuple[str, ...] | N
         capacity=9,
         max_residents=places,
         residents=residents,
+        beside=frozenset(beside),
         quarantined={name: quarantine for name in names if world[name].standing == "quarantined"},
     )
     waiting = {
@@ -216,3 +224,30 @@ def test_a_backlog_of_models_that_are_not_served_here_is_nobody_s_turn() -> None
     residency = Residency(capacity=9, max_residents=1)
 
     assert pick_turn(backlog, residency, ["a"], now=NOW, max_wait_s=600, min_turn_s=30).model_id is None
+
+
+def test_a_model_that_fits_beside_is_loaded_at_once() -> None:
+    """Though another one is ready and has jobs, and has just become ready: nothing is stopped for it."""
+    for world in WORLDS:
+        absent = [name for name, model in world.items() if model.standing == "absent"]
+        asked = [name for name in absent if world[name].count]
+        loaded = any(model.standing in SINCE for model in world.values())
+        late = [m for name, m in world.items() if m.count and m.standing != "quarantined" and name not in asked]
+        if not asked or not loaded or any(model.waited > MAX_WAIT_S for model in late):
+            continue
+        turn = pick(world, places=9, beside=absent)
+        assert turn.model_id in asked, world
+        assert world[turn.model_id].waited == max(world[name].waited for name in asked), world
+
+
+def test_a_job_over_the_bound_comes_before_one_that_fits_beside() -> None:
+    """Its model needs the whole card, and loading another one first would make it wait longer still."""
+    world = {
+        "a": Model(count=5, age=10.0, standing="ready"),
+        "b": Model(count=1, age=700.0),
+        "c": Model(count=1, age=5.0),
+    }
+
+    assert pick(world, places=2, beside={"c"}).model_id == "b"
+    assert pick(world, places=2, beside={"b", "c"}).model_id == "b"
+    assert pick({**world, "b": Model(count=1, age=20.0)}, places=2, beside={"c"}).model_id == "c"
