@@ -102,6 +102,7 @@ async def _serve(connection: socket.socket, order: Order) -> None:
     engine = AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
+    app.user_middleware.clear()  # cross-origin rules, metrics and keys are for HTTP; nobody but the worker is here
     await init_app_state(engine, app.state, args, tasks)
     gc.collect()
     gc.freeze()

@@ -38,11 +38,11 @@ def main(path: str) -> None:
     listener.listen(_BACKLOG)
     engines: dict[int, socket.socket] = {}
     while True:
-        readable, _, _ = select.select([listener, woken], [], [])
+        readable, _, _ = select.select([listener.fileno(), woken], [], [])
         if woken in readable:
             os.read(woken, 4096)
             _tell_who_ended(engines)
-        if listener in readable:
+        if listener.fileno() in readable:
             connection, _ = listener.accept()
             order = _read_order(connection)
             if order is None:
