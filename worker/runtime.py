@@ -52,6 +52,10 @@ class World(Protocol):
         """Send the jobs that wait for *model_id* back to the router, as far as any model may answer them."""
         ...
 
+    def prefetch(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
+        """Bring the files of the model that is needed next closer, in the background."""
+        ...
+
     def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         """Tell the outside how things are."""
         ...
@@ -102,6 +106,7 @@ class Runtime:
         self._world.stop_cancelled_jobs()
         for model_id in self._stranded(residency, backlog, now):
             self._world.route_again(model_id)
+        self._world.prefetch(residency, backlog, now=now)
 
         if self._status_is_due(residency, now):
             self._world.publish(self._world.machine(), residency, backlog, now=now)

@@ -37,6 +37,7 @@ from worker.catalog.hub import fetch_files, out_of_reach
 from worker.catalog.local import read_all_facts, spec_from_path
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.catalog.toml_file import load_catalogue
+from worker.catalog.weight_files import weight_files
 from worker.delivery.lease import Lease
 from worker.engines.base import Engine
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
@@ -52,6 +53,7 @@ from worker.memory.measured import LoadKey, Measured, Measurement, device_name, 
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.history import SwitchHistory
+from worker.residency.page_cache import PageCache
 from worker.residency.switcher import Switcher, SwitchLimits
 from worker.routing.merge import merge_offers
 from worker.routing.router import Router
@@ -281,6 +283,7 @@ class _Worker:
             max_residents=settings.switch.max_residents,
         )
         reroute = RedisReroute(client)
+        self._page_cache = PageCache(lambda model_id: weight_files(placements[model_id].spec))
         switch_times = RedisSwitchTimes(client, self._name)
         history = SwitchHistory(
             lambda record: self._status.record(self._name, record),
@@ -321,6 +324,7 @@ class _Worker:
             history=history,
             queues=RedisQueues(client, list(placements)),
             reroute=reroute,
+            page_cache=self._page_cache,
             consumer=consumer,
             runner=runner,
             status=self._status,
@@ -362,6 +366,7 @@ class _Worker:
             return self._process.run()
         finally:
             self._heart.end()
+            self._page_cache.close()
             self._switcher.close()
             self._status.goodbye(self._name)
 

@@ -13,16 +13,20 @@ from common import keys
 from common.logs import get_logger
 from common.schemas import HardwareStatus, Offer, OfferedModel, utc_now
 from worker.hardware.gpu import Machine, MachineReader
+from worker.hardware.stub import NoGpuReader
 from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.residency.history import SwitchHistory
+from worker.residency.page_cache import PageCache
 from worker.residency.plan import fitting_beside
+from worker.residency.prefetch import choose_prefetch
 from worker.residency.switcher import Switcher, needs_of
 from worker.scheduling.celery_consumer import CeleryConsumer
 from worker.scheduling.pick import Turn
 from worker.scheduling.redis_queues import RedisQueues
 from worker.scheduling.redis_reroute import RedisReroute
 from worker.selection.placement import Placement
+from worker.selection.places import host_place
 from worker.state.backlog import Backlog
 from worker.state.residency import Residency
 from worker.telemetry.redis_status import RedisStatus
@@ -47,6 +51,7 @@ class WorkerWorld:
         history: SwitchHistory,
         queues: RedisQueues,
         reroute: RedisReroute,
+        page_cache: PageCache,
         consumer: CeleryConsumer,
         runner: JobRunner,
         status: RedisStatus,
@@ -62,6 +67,7 @@ class WorkerWorld:
         self._history = history
         self._queues = queues
         self._reroute = reroute
+        self._page_cache = page_cache
         self._consumer = consumer
         self._runner = runner
         self._status = status
@@ -110,6 +116,12 @@ class WorkerWorld:
     def route_again(self, model_id: str) -> None:
         """See World."""
         self._reroute.route_again(model_id)
+
+    def prefetch(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
+        """See World."""
+        models = () if self.stopping else self._needs
+        spare = host_place(NoGpuReader().read()).budget  # at every beat, so without asking the cards
+        self._page_cache.want(choose_prefetch(backlog, residency, models, spare_bytes=spare, now=now))
 
     def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         """See World."""

@@ -39,6 +39,7 @@ class PaperWorld:
         self.is_loaded = NOTHING
         self.waits = Backlog()
         self.deeds: list[str] = []
+        self.prefetched: tuple[Residency, Backlog, float] | None = None
 
     def machine(self) -> Machine:
         return make_machine(24)
@@ -55,6 +56,9 @@ class PaperWorld:
             self.is_loaded, switching=Switching(to_model=turn.model_id or "", epoch=1, since=self.now)
         )
 
+    def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
+        assert (residency, backlog, now) == (self.is_loaded, self.waits, self.now)
+
     def serve(self, models: Iterable[str]) -> None:
         self.deeds.append(f"serve {' '.join(models)}".strip())
 
@@ -63,6 +67,9 @@ class PaperWorld:
 
     def route_again(self, model_id: str) -> None:
         self.deeds.append(f"route {model_id} again")
+
+    def prefetch(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
+        self.prefetched = (residency, backlog, now)
 
     def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         self.deeds.append("publish")
@@ -185,6 +192,15 @@ def test_jobs_are_not_routed_again_in_vain(beat: Beat, models: tuple[str, ...], 
     beat.world.waits = waiting(**waits)
 
     assert not any("again" in deed for _ in range(20) for deed in beat(after_s=1))
+
+
+def test_what_is_needed_next_is_looked_at_in_every_beat(beat: Beat) -> None:
+    """With what waits and what is loaded as they are then."""
+    beat.world.is_loaded = with_ready("a")
+    beat.world.waits = waiting(a=1, b=1)
+    beat()
+
+    assert beat.world.prefetched == (beat.world.is_loaded, beat.world.waits, beat.world.now)
 
 
 def test_the_status_is_published_every_few_seconds(beat: Beat) -> None:
