@@ -122,9 +122,11 @@ def _generate(python: Path, model: Path, load: Load, form: _Form) -> float:
         [str(python), generate_main.__file__], input=json.dumps(order), env=env, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    if done.returncode != 0:
+    # vLLM prints to the same stream, also after its work.
+    answers = [line for line in done.stdout.splitlines() if line.startswith(generate_main.ANSWER)]
+    if done.returncode != 0 or not answers:
         raise EngineFailed(f"LLM.generate ended with {done.returncode}: {done.stderr[-500:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["jobs_per_s"])
+    return float(answers[-1].removeprefix(generate_main.ANSWER))
 
 
 # --- The whole path ----------------------------------------------------------------------------------------
