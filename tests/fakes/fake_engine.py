@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -21,6 +22,11 @@ STUBBORN = "import os, signal, time; os.setsid(); signal.signal(signal.SIGTERM, 
 
 def main() -> None:
     options = _parser().parse_args()
+    if options.only_first is not None:
+        if options.only_first.exists():
+            options = _parser().parse_args(["--uds", options.uds])  # behaves from the second start on
+        else:
+            options.only_first.touch()
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if options.spawn_child:
@@ -34,6 +40,11 @@ def main() -> None:
         print("ValueError: the weights are not here", flush=True)
         sys.exit(3)
     time.sleep(600 if options.hang_on_load else options.load_seconds)
+    if options.half_open:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(options.uds)
+            listener.listen()  # the kernel accepts, and nobody reads
+            time.sleep(600)
     with Server(options.uds, handler(options)) as server:
         server.serve_forever()
 
@@ -46,6 +57,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
 
 def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
+    whole = whole_answer(options)
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -54,19 +67,16 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if options.wrong_answer:
-                answer(self, 200, b"<html>busy</html>")
-            elif options.fail:
-                answer(self, 500, json.dumps({"error": {"message": "out of luck"}}).encode())
-            elif body.get("hold"):
+            if body.get("hold"):
                 Path(body["hold"]).touch()  # says that the request is here
+            if options.mute or body.get("hold"):
                 time.sleep(600)
             elif body.get("events"):
                 stream(self, body["events"])
             elif body.get("die"):
                 os.kill(os.getpid(), signal.SIGKILL)
             else:
-                answer(self, 200, json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": {}}).encode())
+                answer(self, *whole)
 
         def log_message(self, *_: object) -> None: ...
 
@@ -74,6 +84,17 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
             return "unix"
 
     return Handler
+
+
+def whole_answer(options: argparse.Namespace) -> tuple[int, bytes]:
+    """The status and the body of every answer that is not streamed."""
+    if options.wrong_canary:
+        return 200, b'{"choices": []}'
+    if options.wrong_answer:
+        return 200, b"<html>busy</html>"
+    if options.fail:
+        return 500, json.dumps({"error": {"message": "out of luck"}}).encode()
+    return 200, json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": {}}).encode()
 
 
 def answer(handler: BaseHTTPRequestHandler, status: int, content: bytes) -> None:
@@ -103,8 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", required=True)
     parser.add_argument("--load-seconds", type=float, default=0.0)
+    parser.add_argument("--only-first", type=Path, help="misbehave at the first start only; this file remembers it")
     loads = ("hang-on-load", "die-on-load", "out-of-memory", "killed-on-load")
-    for flag in (*loads, "ignore-sigterm", "wrong-answer", "fail", "spawn-child"):
+    answers = ("half-open", "mute", "wrong-canary", "wrong-answer", "fail")
+    for flag in (*loads, *answers, "ignore-sigterm", "spawn-child"):
         parser.add_argument(f"--{flag}", action="store_true")
     return parser
 

@@ -1,0 +1,231 @@
+"""
+Every rung of the ladder with a real small engine that misbehaves: what the switcher does, and what is left running.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from common.schemas import SwitchRecord
+from tests.factories import GIB, make_gpu, make_machine, make_placement, make_spec
+from tests.integration.test_server_engine import FAKE, processes_below
+from worker.catalog.spec import EngineKind
+from worker.engines.process import Launch
+from worker.engines.server_engine import ServerEngine
+from worker.hardware.gpu import Machine
+from worker.residency.board import ResidencyBoard
+from worker.residency.check import LoadLimits
+from worker.residency.shrink import shrink
+from worker.residency.switcher import Switcher, SwitchLimits
+from worker.selection.fit_vllm import fit_vllm
+from worker.selection.overrides import Overrides
+from worker.selection.placement import Placement
+from worker.selection.places import Place, to_spare
+
+LIMITS = SwitchLimits(
+    attempt_s=20, attempts=2, drain_s=5, quarantine_s=60, load=LoadLimits(max_temperature_c=85, max_power_share=1)
+)
+SHORT_S = 1.5  # for an engine that never answers; the fake needs a quarter of it to start
+
+
+class Fakes(ServerEngine):
+    """The fake engine for several models, each with flags of its own."""
+
+    kind: ClassVar[EngineKind] = EngineKind.VLLM
+
+    def __init__(self, run_dir: Path, flags: Mapping[str, tuple[str, ...]]) -> None:
+        super().__init__(run_dir=run_dir, files_of=lambda spec: spec.source)
+        self.flags = flags
+        self.started: list[Placement] = []
+
+    def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
+        """Start the fake."""
+        self.started.append(placement)
+        flags = self.flags.get(placement.model_id, ())
+        return Launch(command=[sys.executable, str(FAKE), "--uds", str(socket), *flags], env=os.environ)
+
+
+class Box:
+    """A switcher on the fake engine; the machine is what the test says."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        flags: Mapping[str, tuple[str, ...]],
+        *,
+        placements: Mapping[str, Placement] | None = None,
+        machine: Callable[[], Machine] = make_machine,
+        limits: SwitchLimits = LIMITS,
+        waits: tuple[str, ...] = (),
+    ) -> None:
+        self.engine = Fakes(run_dir, flags)
+        self.records: list[SwitchRecord] = []
+        self.pauses: list[float] = []
+        self.read = machine
+        self.board = ResidencyBoard(capacity=64 * GIB, cards={0: 24 * GIB}, max_residents=1)
+        self.switcher = Switcher(
+            board=self.board,
+            placements=placements or {name: on_host(name, tier) for tier, name in enumerate(("4b", "8b", "14b"))},
+            engines=dict.fromkeys(EngineKind, self.engine),
+            machine=self,
+            limits=limits,
+            fetch=lambda _: None,
+            hand_back=lambda _: None,
+            record=self.records.append,
+            substitutable=waits.__contains__,
+            pause=self.pauses.append,
+        )
+
+    def switch(self, model_id: str) -> SwitchRecord:
+        return self.switcher.switch(model_id)
+
+    @property
+    def ends(self) -> list[tuple[str, str]]:
+        return [(record.to_model, record.outcome) for record in self.records]
+
+
+def on_host(name: str, tier: int) -> Placement:
+    return make_placement(name, spec=make_spec(name, tier=tier))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Box]]:
+    """Make boxes; nothing of their engines may be left running after the test."""
+    made: list[Box] = []
+
+    def make_box(flags: Mapping[str, tuple[str, ...]] | None = None, **options: object) -> Box:
+        made.append(Box(tmp_path / "run", flags or {}, **options))  # type: ignore[arg-type]  # its own parameters
+        return made[-1]
+
+    yield make_box
+    for box in made:
+        box.switcher.close()
+    assert processes_below(tmp_path) == []
+
+
+BREAKS = {
+    "--die-on-load": "exit code 3",
+    "--wrong-canary": "answered its canary prompt with nothing",
+    "--wrong-answer": "its canary prompt failed",
+    "--fail": "out of luck",
+}
+
+
+@pytest.mark.parametrize("flag", BREAKS)
+def test_retry(make: Callable[..., Box], tmp_path: Path, flag: str) -> None:
+    """What breaks once is started again, and is ready then; nothing of the first start is left."""
+    box = make({"4b": (flag, "--only-first", str(tmp_path / "seen"))})
+    record = box.switch("4b")
+
+    assert (record.outcome, record.attempts) == ("ready", 2)
+    assert len(box.engine.started) == 2
+    assert len(processes_below(tmp_path)) == 2  # one guard, one engine
+
+
+@pytest.mark.parametrize("flag", ["--hang-on-load", "--half-open", "--mute", "--load-seconds=600"])
+def test_retry_after_a_deadline(make: Callable[..., Box], tmp_path: Path, flag: str) -> None:
+    """An engine that never answers, in four ways, costs its deadline and is ended."""
+    flags = ("--ignore-sigterm", flag, "--only-first", str(tmp_path / "seen"))
+    box = make({"4b": flags}, limits=replace(LIMITS, attempt_s=SHORT_S))
+    record = box.switch("4b")
+
+    assert (record.outcome, record.attempts) == ("ready", 2)
+    assert len(processes_below(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("flag", BREAKS)
+def test_previous_model(make: Callable[..., Box], flag: str) -> None:
+    """What breaks every time is left alone with its reason, and the model that was there is back."""
+    box = make({"14b": (flag,)})
+    box.switch("4b")
+    record = box.switch("14b")
+
+    assert (record.outcome, record.attempts) == ("failed", 2)
+    assert BREAKS[flag] in record.reason
+    assert box.board.read().ready_models == ("4b",)
+    assert BREAKS[flag] in box.board.read().quarantined["14b"].reason
+    assert box.ends == [("4b", "ready"), ("14b", "failed"), ("4b", "ready")]
+
+
+def test_next_of_the_cascade(make: Callable[..., Box]) -> None:
+    """Jobs wait that any model may answer: the next smaller one that loads takes them."""
+    box = make({"14b": ("--die-on-load",), "8b": ("--wrong-canary",)}, waits=("14b", "8b"))
+    box.switch("14b")
+
+    assert box.ends == [("14b", "failed"), ("8b", "failed"), ("4b", "ready")]
+    assert box.records[-1].reason.startswith("next model of the cascade: 8b failed, 4b is the next smaller one")
+
+
+def test_hold_the_jobs(make: Callable[..., Box], tmp_path: Path) -> None:
+    """Nothing loads: every model was tried, no process is left, and each reason stands on the board."""
+    box = make(dict.fromkeys(("14b", "8b", "4b"), ("--die-on-load",)), waits=("14b",))
+    box.switch("14b")
+
+    assert [outcome for _, outcome in box.ends] == ["failed"] * 3
+    assert box.board.read().residents == ()
+    assert set(box.board.read().quarantined) == {"14b", "8b", "4b"}
+    assert processes_below(tmp_path) == []
+
+
+# --- On a card ---------------------------------------------------------------------------------------------
+
+
+def card(*, free_gib: float = 24, processes: Mapping[int, int] | None = None) -> Machine:
+    gpu = make_gpu(24, free_gib=free_gib, compute_capability=(8, 9), processes=processes or {})
+    return replace(make_machine(24), gpus=(gpu,))
+
+
+def on_card() -> Placement:
+    place = Place(gpus=card().gpus, budget=min(map(to_spare, card().gpus)))
+    found = fit_vllm(make_spec("big", engine=EngineKind.VLLM), Overrides(), place)
+    assert isinstance(found, Placement)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"), [("--out-of-memory", "CUDA out of memory"), ("--killed-on-load", "exit code 137")]
+)
+def test_smaller_plan(make: Callable[..., Box], tmp_path: Path, flag: str, says: str) -> None:
+    """Out of memory in the engine's words, or in the kernel's: no second try of the same plan, the next smaller one."""
+    full = on_card()
+    box = make({"big": (flag, "--only-first", str(tmp_path / "seen"))}, placements={"big": full}, machine=card)
+    record = box.switch("big")
+
+    assert (record.outcome, record.attempts) == ("ready", 2)
+    assert box.engine.started == [full, shrink(full, card())[0]]
+    assert says in record.reason
+    assert "smaller than planned" in record.reason
+
+
+def test_memory_that_is_not_freed(make: Callable[..., Box]) -> None:
+    """
+    The driver still counts the ended engine's process: the next load waits, then begins with an alert.
+
+    A stub of the machine says what NVML says then: the pids are those of the engine that really ran and has ended.
+    """
+    held: dict[int, int] = {}
+    plans = {name: make_placement(name, gpus=(0,)) for name in ("big", "other")}
+    box = make(
+        {},
+        placements=plans,
+        machine=lambda: card(free_gib=24 - sum(held.values()) / GIB, processes=held),
+    )
+    box.switch("big")
+    engine_pid = box.engine.ensure_ready(plans["big"], timeout_s=5).pids[1]
+    held[engine_pid] = 20 * GIB
+    record = box.switch("other")
+
+    assert record.outcome == "ready"
+    assert box.pauses == [0.2] * 50
+    assert box.board.read().unfreed == {"big": f"process {engine_pid} still holds 20.0 GiB of card 0"}
+
+    held.clear()
+    box.switch("big")
+    assert box.board.read().unfreed == {}
