@@ -14,7 +14,6 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
-from logging import ERROR, INFO
 from typing import Any, Protocol
 
 from common.errors import (
@@ -28,20 +27,21 @@ from common.errors import (
     UnknownModel,
 )
 from common.logs import get_logger
-from common.schemas import BodyKind, SwitchRecord, SwitchStage, utc_now
+from common.schemas import SwitchRecord, SwitchStage, utc_now
 from worker.catalog.spec import EngineKind, ModelSpec
-from worker.engines.base import Call, Engine, EngineState, JobStopped, Loaded, StopSignal
+from worker.engines.base import Engine, EngineState, Loaded
 from worker.engines.measure import count_bytes
 from worker.hardware.gpu import Machine, MachineReader
 from worker.memory.learn import learned
 from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits, check_cards, check_load, check_memory, free_bytes
-from worker.residency.confirm import Held, Owed, confirm_freed, owed_after_failure, owed_after_stop, taken_by
 from worker.residency.expect import allow_s
 from worker.residency.plan import plan_switch
+from worker.residency.reclaimer import Reclaimer
 from worker.residency.recover import Failure, Others, Recovery, Rung, recover
 from worker.residency.shrink import shrink, what_changed
+from worker.residency.verify import verify
 from worker.selection.placement import Placement
 from worker.state.residency import Level, Quarantine, Resident, Switching, by_place
 
@@ -53,11 +53,7 @@ _PAUSE_S = 2.0  # between attempts: time for a hot card or a leaving process
 _ABANDON_S = 5.0  # for a load to be interrupted; then it is asked again
 _LOOK_S = 0.2  # between two looks whether a switch has ended, or must
 _MAX_QUARANTINE_DOUBLINGS = 6
-_FREED_LOOKS = 50  # while the driver gives an ended process's memory back; together 10 s
-_FREED_LOOK_S = 0.2
 _NOISE_BYTES = 256 * 2**20  # by which free memory changes from look to look although no program came or went
-
-CANARY = "Say OK."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +91,7 @@ class Switcher:
         measured: Callable[[Placement, Measured], object] = lambda _placement, _measured: None,
         load_speed: Callable[[], float | None] = lambda: None,
         substitutable: Callable[[str], bool] = lambda _model_id: False,
+        cloud: Callable[[str], bool] = lambda _model_id: False,
         epoch: int = 0,
         pause: Callable[[float], object] | None = None,
     ) -> None:
@@ -108,13 +105,12 @@ class Switcher:
         self._record = record
         self._measured = measured
         self._load_speed = load_speed
-        self._ask_substitutable = substitutable
+        self._substitutable = substitutable
+        self._cloud = cloud
         self._ran_out: dict[str, int | None] = {}  # model -> bytes that were free when its plan ran out of memory
-        self._held: dict[str, Held] = {}  # by models that are loaded on cards
-        self._owed: list[Owed] = []  # by models that ended; waited for before the next load
-        self._lacking: list[Owed] = []  # waited for in vain
         self._leaving = threading.Event()
         self._pause = pause or self._leaving.wait
+        self._reclaimer = Reclaimer(board=board, machine=machine, leaving=self._leaving, pause=self._pause)
         self._one_at_a_time = threading.Lock()
         self._asked_epoch = epoch  # switches asked of an earlier start of this worker are stale
 
@@ -179,17 +175,10 @@ class Switcher:
             ready=residency.ready_models,
             cascade=tuple(p.model_id for p in sorted(smaller, key=lambda p: (-p.spec.tier, p.model_id))),
             previous=previous if previous in {p.model_id for p in possible} else None,
-            substitutable=self._substitutable(failed.model_id),
+            substitutable=_is_known(self._substitutable, failed.model_id),
+            cloud=_is_known(self._cloud, failed.model_id),
         )
         return recover(Failure(model_id=failed.model_id, error=error), others)
-
-    def _substitutable(self, model_id: str) -> bool:
-        """Do jobs wait for *model_id* that another model may answer? No, if nobody can say."""
-        try:
-            return self._ask_substitutable(model_id)
-        except Exception as error:  # noqa: BLE001 - Redis away: that is no reason to be without a model
-            logger.warning("residency.not_told", model_id=model_id, error=str(error))
-            return False
 
     def note_deaths(self) -> tuple[str, ...]:
         """Take engines that died by themselves off the board; returns their models. Cheap; call it often."""
@@ -227,49 +216,10 @@ class Switcher:
         EngineTimeout
             Something of it is still there; it stays on the board.
         """
-        cards, held = self._placements[model_id].gpus, self._held.get(model_id)
-        owed: Owed | None = None
-        if begun_at is not None:
-            owed = owed_after_failure(model_id, begun_at, cards)
-        elif cards and held is not None:
-            owed = owed_after_stop(model_id, held, self._machine.read(), cards)
+        owed = self._reclaimer.owed_by(self._placements[model_id], begun_at=begun_at)
         self._engine(model_id).ensure_stopped(model_id, timeout_s=_STOP_S)
         self._board.remove(model_id)
-        self._held.pop(model_id, None)
-        if owed is not None:
-            self._owed.append(owed)
-
-    def look_at(self, placement: Placement) -> Machine | None:
-        """Read the machine if *placement* is on cards; what the host has is seen by its processes."""
-        return self._machine.read() if placement.gpus else None
-
-    def note_held(self, placement: Placement, pids: tuple[int, ...], before: Machine | None) -> None:
-        """Note what a model that is loaded holds of its cards; *before* is the machine without it."""
-        if before is not None:
-            taken = taken_by(before, self._machine.read(), placement.gpus)
-            self._held[placement.model_id] = Held(pids=pids, taken=taken)
-
-    def see_freed(self) -> None:
-        """
-        Wait until the cards show that the memory of models that ended is back.
-
-        What is not back at the deadline is an alert, and no longer waited for: the check before the load sees
-        whether enough is free all the same. The alert ends as soon as it is back.
-        """
-        if not (self._owed or self._lacking):
-            return
-        machine = self._machine.read()
-        for _ in range(_FREED_LOOKS):
-            if self._leaving.is_set() or not any(confirm_freed(owed, machine) for owed in self._owed):
-                break
-            self._pause(_FREED_LOOK_S)
-            machine = self._machine.read()
-        self._lacking = [owed for owed in (*self._lacking, *self._owed) if confirm_freed(owed, machine)]
-        self._owed = []
-        lacks = {owed.model_id: "; ".join(confirm_freed(owed, machine)) for owed in self._lacking}
-        if lacks != self._board.read().unfreed:
-            logger.log(ERROR if lacks else INFO, "residency.unfreed", lacks=lacks)
-            self._board.unfreed(lacks)
+        self._reclaimer.note_ended(owed)
 
     def abandon(self) -> None:
         """
@@ -406,7 +356,7 @@ class _Run:
             self._enter(SwitchStage.UNLOADING, f"{', '.join(stop)} ends")
         for model_id in stop:
             self._switcher.stop(model_id)
-        self._switcher.see_freed()
+        self._switcher._reclaimer.see_freed()
 
     def _load_what_fits(self) -> None:
         """
@@ -523,9 +473,9 @@ class _Run:
         attempt = f"attempt {self._attempts - self._attempts_before} of {self._limits.attempts}"
         self._enter(SwitchStage.LOADING, "; ".join(filter(None, [attempt, self._smaller])))
         self._begun_at = None
-        self._switcher.see_freed()  # after a failed attempt, say
+        self._switcher._reclaimer.see_freed()  # after a failed attempt, say
         self._check(check_load)
-        before = self._begun_at = self._switcher.look_at(placement)
+        before = self._begun_at = self._switcher._machine.read() if placement.gpus else None
         resident = Resident(
             model_id=model_id,
             level=Level.STARTING,
@@ -542,7 +492,8 @@ class _Run:
         self._enter(SwitchStage.VERIFYING, f"loaded in {loaded.seconds:.1f} s, canary prompt")
         verify(engine, placement, timeout_s=max(1.0, until - time.monotonic()))
         measured = self._measure(loaded)
-        self._switcher.note_held(placement, loaded.pids, before)
+        if before is not None:
+            self._switcher._reclaimer.note_loaded(placement, loaded.pids, before)
         taken = learned(placement.memory, measured, on_card=bool(placement.gpus)).total
         self._board.put(replace(resident, level=Level.READY, bytes=taken, since=time.time()))
         self._tell(self._switcher._measured, placement, measured)
@@ -653,29 +604,13 @@ def _weights_of(placement: Placement) -> int:
     return placement.memory.weights * placement.tensor_parallel_size
 
 
-def verify(engine: Engine, placement: Placement, *, timeout_s: float) -> None:
-    """
-    See that the model answers a canary prompt with at least one token.
-
-    Raises
-    ------
-    LoadFailed
-        It does not; the message says what came instead.
-    """
-    model_id = placement.model_id
-    embeds = "embedding" in placement.spec.capabilities and "chat" not in placement.spec.capabilities
-    if embeds:
-        call = Call(path=BodyKind.EMBEDDING, body={"model": model_id, "input": CANARY}, timeout_s=timeout_s)
-    else:
-        messages = [{"role": "user", "content": CANARY}]
-        body = {"model": model_id, "messages": messages, "max_tokens": 4, "temperature": 0}
-        call = Call(path=BodyKind.CHAT, body=body, timeout_s=timeout_s)
+def _is_known(ask: Callable[[str], bool], model_id: str) -> bool:
+    """Ask about the jobs that wait for *model_id*; no, if nobody can say."""
     try:
-        response = engine.generate(model_id, call, StopSignal()).response
-    except (ShiftworkerError, JobStopped) as error:
-        raise LoadFailed(f"{model_id} was loaded but its canary prompt failed: {error}") from error
-    if not response.get("data" if embeds else "choices"):
-        raise LoadFailed(f"{model_id} was loaded but answered its canary prompt with nothing: {response!r:.200}")
+        return ask(model_id)
+    except Exception as error:  # noqa: BLE001 - Redis away: that is no reason to be without a model
+        logger.warning("residency.not_told", model_id=model_id, error=str(error))
+        return False
 
 
 def _in_background(do: Callable[[], object]) -> Future[object]:
