@@ -8,7 +8,6 @@ import json
 import sys
 import time
 
-
 ANSWER = "jobs a second:"
 
 
