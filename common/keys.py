@@ -25,6 +25,11 @@ def model_queue(model_id: str) -> str:
     return f"{MODEL_QUEUE_PREFIX}{model_id}"
 
 
+def cloud_queue(model_id: str) -> str:
+    """The queue of jobs of one model that the cloud endpoint answers; consumed while the model cannot be loaded."""
+    return f"cloud.{model_id}"
+
+
 def control_queue(worker: str) -> str:
     """The queue of one worker's switch tasks."""
     return f"control.{worker}"

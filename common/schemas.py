@@ -63,7 +63,7 @@ class JobRequest(BaseModel):
     priority: int = Field(default=3, ge=0, le=9, description="0 is served first")
     deadline: AwareDatetime | None = Field(default=None, description="ISO 8601 or Unix seconds")
     latency_sensitive: bool = True
-    privacy_required: bool = True
+    privacy_required: bool = Field(default=True, description="true: the job never leaves the operator's machines")
     tenant: str = Field(default="default", max_length=100)
     idempotency_key: str | None = Field(default=None, max_length=200)
     webhook: str | None = Field(default=None, max_length=2000)
@@ -183,6 +183,8 @@ class Route(_Stored):
     model: str
     complexity: float = Field(ge=0, le=1)
     why: str
+    cloud: str | None = Field(default=None, description="on its way there: why; None = the model itself answers")
+    stays: bool = Field(default=False, description="the cloud has refused the body: it waits for the model itself")
 
 
 class Ledger(_Stored):
@@ -191,6 +193,7 @@ class Ledger(_Stored):
     model: str | None = None
     complexity: float | None = None
     why: str | None = None
+    cloud: str | None = Field(default=None, description="what answered in place of the model; None = the model did")
     worker: str | None = None
     attempt: int = 0
     queued_at: AwareDatetime | None = None

@@ -40,8 +40,12 @@ class World(Protocol):
         """Send the switch task for *turn*."""
         ...
 
+    def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
+        """Send jobs whose models cannot be made ready to the cloud endpoint, as far as they may leave."""
+        ...
+
     def serve(self, models: Iterable[str]) -> None:
-        """Take jobs for exactly these models."""
+        """Take jobs for exactly these models, and those on their way to the cloud endpoint."""
         ...
 
     def stop_cancelled_jobs(self) -> None:
@@ -102,6 +106,7 @@ class Runtime:
         )
         if self._needs_switch(turn, residency, now):
             self._world.ask_for_switch(turn)
+        self._world.use_cloud(residency, backlog, now=now)
         self._world.serve(residency.ready_models)
         self._world.stop_cancelled_jobs()
         for model_id in self._stranded(residency, backlog, now):

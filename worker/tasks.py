@@ -23,7 +23,7 @@ from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, SwitchStage
 from worker.delivery.pool import signal_of
-from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, RouteAgain, outcome_of
+from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, RouteAgain, StaysHere, outcome_of
 from worker.residency.switcher import Switcher
 from worker.routing.router import Router
 from worker.scheduling.redis_queues import QUEUED_AT_HEADER
@@ -86,6 +86,9 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
                 raise Reject(requeue=True) from None
             except RouteAgain:
                 raise task.replace(_submit_signature(app, request)) from None
+            except StaysHere:
+                stays = chosen.model_copy(update={"cloud": None, "stays": True})
+                raise task.replace(_generate_signature(app, JobRequest.parse(request), stays)) from None
             except DuplicateDelivery:
                 raise Ignore from None
             except REDIS_AWAY:

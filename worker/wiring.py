@@ -28,7 +28,7 @@ from common.logs import get_logger
 from common.redis_client import RedisClient, connect, wait_until_there
 from common.redis_job_store import RedisJobStore
 from common.schemas import OfferedModel, utc_now
-from common.settings import Settings
+from common.settings import CloudSettings, Settings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess, show_in_flower
 from worker.catalog.catalogue import Catalogue
@@ -43,16 +43,19 @@ from worker.engines.base import Engine
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.llamacpp_server import find_version as find_llamacpp_version
 from worker.engines.orphans import claim, end_abandoned, end_orphans
+from worker.engines.remote import RemoteEngine
 from worker.engines.stub import StubEngine
 from worker.engines.vllm_host import VllmHostEngine
 from worker.engines.vllm_server import VllmServerEngine, find_python, find_version
 from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
+from worker.jobs.cloud_lane import CloudLane, StandIn
 from worker.jobs.runner import JobLimits, JobRunner
 from worker.memory.measured import LoadKey, Measured, Measurement, device_name, engine_name
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.history import SwitchHistory
+from worker.residency.may_leave import Cloud
 from worker.residency.page_cache import PageCache
 from worker.residency.switcher import Switcher, SwitchLimits
 from worker.routing.merge import merge_offers
@@ -60,6 +63,7 @@ from worker.routing.router import Router
 from worker.routing.rules_file import load_rules
 from worker.runtime import Heart, Runtime
 from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, every
+from worker.scheduling.redis_cloud import RedisCloud
 from worker.scheduling.redis_queues import RedisQueues
 from worker.scheduling.redis_reroute import RedisReroute
 from worker.selection.choose import Choice, choose_models
@@ -291,6 +295,12 @@ class _Worker:
             keep_time=switch_times.save,
         )
         store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
+        self._stand_in = _stand_in(settings.cloud)
+        cloud_lane = CloudLane(
+            queues=RedisCloud(client, tuple(placements)),
+            stand_in=self._stand_in,
+            served_elsewhere=lambda: _served_elsewhere(client, self._name),
+        )
         runner = JobRunner(
             worker=self._name,
             store=store,
@@ -299,6 +309,7 @@ class _Worker:
             engines=engines,
             limits=JobLimits(timeout_s=settings.job.timeout_s, max_attempts=settings.job.max_attempts),
             switch_seconds=history.seconds_between,
+            stand_in=self._stand_in,
         )
         self._switcher = Switcher(
             board=board,
@@ -312,6 +323,7 @@ class _Worker:
             measured=_keeper_of_measurements(client, settings, found.machine),
             load_speed=history.load_speed,
             substitutable=reroute.waits,
+            cloud=cloud_lane.waits,
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()
@@ -326,6 +338,7 @@ class _Worker:
             reroute=reroute,
             page_cache=self._page_cache,
             consumer=consumer,
+            cloud_lane=cloud_lane,
             runner=runner,
             status=self._status,
             send_switch=self._send_switch,
@@ -368,6 +381,8 @@ class _Worker:
             self._heart.end()
             self._page_cache.close()
             self._switcher.close()
+            if self._stand_in is not None:
+                self._stand_in.engine.close()
             self._status.goodbye(self._name)
 
     def _leave(self) -> None:
@@ -412,6 +427,28 @@ def _vllm(settings: Settings, run_dir: Path) -> Engine:
     if settings.vllm.channel == "server":
         return server
     return VllmHostEngine(run_dir=run_dir, files_of=resolve_files, python=python, several_cards=server)
+
+
+def _stand_in(settings: CloudSettings) -> StandIn | None:
+    """The cloud endpoint of the settings; None = there is none."""
+    if settings.url is None or settings.model is None:
+        return None
+    return StandIn(
+        engine=RemoteEngine(url=settings.url, api_key=settings.api_key, model=settings.model),
+        cloud=Cloud(
+            model=settings.model,
+            for_models=frozenset(settings.for_models),
+            capabilities=frozenset(settings.capabilities),
+        ),
+        parallel=settings.parallel,
+    )
+
+
+def _served_elsewhere(client: RedisClient, name: str) -> frozenset[str]:
+    """The models that a worker other than *name* can serve now."""
+    others = [offer for offer in read_offers(client) if offer.worker != name]
+    alive = read_alive(client, [offer.worker for offer in others])
+    return frozenset(model.id for offer in others if offer.worker in alive for model in offer.models if not model.away)
 
 
 def _keeper_of_measurements(

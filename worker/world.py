@@ -14,6 +14,7 @@ from common.logs import get_logger
 from common.schemas import HardwareStatus, Offer, OfferedModel, utc_now
 from worker.hardware.gpu import Machine, MachineReader
 from worker.hardware.stub import NoGpuReader
+from worker.jobs.cloud_lane import CloudLane
 from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.residency.history import SwitchHistory
@@ -53,6 +54,7 @@ class WorkerWorld:
         reroute: RedisReroute,
         page_cache: PageCache,
         consumer: CeleryConsumer,
+        cloud_lane: CloudLane,
         runner: JobRunner,
         status: RedisStatus,
         send_switch: Callable[[str, int, str], None],
@@ -69,6 +71,7 @@ class WorkerWorld:
         self._reroute = reroute
         self._page_cache = page_cache
         self._consumer = consumer
+        self._cloud_lane = cloud_lane
         self._runner = runner
         self._status = status
         self._send_switch = send_switch
@@ -105,9 +108,14 @@ class WorkerWorld:
         logger.info("scheduling.switch_asked", model_id=turn.model_id, epoch=epoch, reason=turn.reason)
         self._send_switch(turn.model_id, epoch, turn.reason)
 
+    def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
+        """See World."""
+        self._cloud_lane.look(residency, backlog, now=now)
+
     def serve(self, models: Iterable[str]) -> None:
         """See World."""
-        self._consumer.serve(() if self.stopping else (keys.model_queue(model) for model in models))
+        queues = [*map(keys.model_queue, models), *map(keys.cloud_queue, self._cloud_lane.open)]
+        self._consumer.serve(() if self.stopping else queues)
 
     def stop_cancelled_jobs(self) -> None:
         """See World."""

@@ -33,7 +33,7 @@ LEASE_S = 3  # what a killed worker held comes back after one to two of these
 if DOCKER:
     from tests.e2e.containers import *  # noqa: F403 - fixtures are found by name
 
-    collect_ignore = ["test_deaths.py", "test_vllm.py"]  # they look into the processes, or bring an engine of theirs
+    collect_ignore = ["test_cloud.py", "test_deaths.py", "test_vllm.py"]  # they look into the processes, or bring some
 
 
 @pytest.fixture(scope="session")

@@ -5,62 +5,19 @@ An endpoint that says no, in every way that HTTP has: who is to blame, how long 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
 from common.errors import EngineFailed, EngineNotReady, InvalidRequest, LoadFailed, PromptTooLong, ShiftworkerError
 from tests.factories import make_placement
+from tests.fakes.endpoint import ANSWER, Endpoint
 from worker.engines.base import Call, Completion, EngineState, StopSignal
 from worker.engines.remote import MAX_REST_S, REST_S, RemoteEngine, read_retry_after
 
 KEY = "sk-secret-1234567890"
-ANSWER = '{"choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}}]}'
-
-
-class Endpoint(ThreadingHTTPServer):
-    """Answers every POST with the same, and notes what came."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/base/v9"
-        self.status, self.text, self.headers = 200, ANSWER, dict[str, str]()
-        self.list_status = 200
-        self.seen: list[tuple[str, str, str | None]] = []
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def says(self, status: int, text: str = "{}", **headers: str) -> None:
-        self.status, self.text, self.headers = status, text, headers
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Endpoint
-
-    def do_GET(self) -> None:
-        self._answer(self.server.list_status, "{}", {})
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self._answer(self.server.status, self.server.text, self.server.headers)
-
-    def _answer(self, status: int, text: str, headers: dict[str, str]) -> None:
-        self.server.seen.append((self.command, self.path, self.headers["Authorization"]))
-        content = text.encode()
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None: ...
 
 
 class Clock:
@@ -77,8 +34,7 @@ class Clock:
 def endpoint() -> Iterator[Endpoint]:
     made = Endpoint()
     yield made
-    made.shutdown()
-    made.server_close()
+    made.close()
 
 
 @pytest.fixture
@@ -207,8 +163,7 @@ def test_a_redirect_is_not_followed(engine: RemoteEngine, endpoint: Endpoint) ->
     assert "HTTP 307" in refusal(engine).message
     assert "Correct CLOUD_URL" in refusal(engine).message
     assert elsewhere.seen == []
-    elsewhere.shutdown()
-    elsewhere.server_close()
+    elsewhere.close()
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
@@ -251,8 +206,7 @@ def test_nobody_at_the_address_is_no_fault_of_the_job() -> None:
     gone = Endpoint()
     engine = RemoteEngine(url=gone.url, api_key=None, model="theirs")
     engine.ensure_ready(make_placement(), timeout_s=5)
-    gone.shutdown()
-    gone.server_close()
+    gone.close()
 
     assert isinstance(refusal(engine), EngineNotReady)
     with pytest.raises(LoadFailed, match="does not answer"):

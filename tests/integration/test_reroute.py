@@ -15,7 +15,7 @@ from common import keys
 from common.celery_app import create_app
 from common.schemas import JobRequest, Route
 from common.settings import Settings
-from worker.scheduling.redis_reroute import RedisReroute, for_router
+from worker.scheduling.redis_reroute import RedisReroute, for_router, read_list
 from worker.tasks import _generate_signature, add_generate_task
 
 ROUTE = Route(model="large", complexity=0.9, why="hard")
@@ -87,17 +87,17 @@ def test_what_is_no_message_of_ours_stays(redis_client: Any, raw: str) -> None:
     assert redis_client.llen(keys.model_queue("large")) == 1
 
 
-def test_a_message_that_somebody_took_meanwhile_is_not_doubled(app: Celery, redis_client: Any) -> None:
+def test_a_message_that_somebody_took_meanwhile_is_not_doubled(
+    monkeypatch: pytest.MonkeyPatch, app: Celery, redis_client: Any
+) -> None:
     """A consumer may pop it between the look and the move."""
     send(app, "job")
-    reroute = RedisReroute(redis_client)
-    read = reroute._messages
 
-    def read_and_lose(name: str) -> Any:
-        found = list(read(name))
-        redis_client.delete(name)
+    def read_and_lose(client: Any, name: str) -> Any:
+        found = list(read_list(client, name))
+        client.delete(name)
         return iter(found)
 
-    reroute._messages = read_and_lose  # type: ignore[method-assign]
-    assert reroute.route_again("large") == 0
+    monkeypatch.setattr("worker.scheduling.redis_reroute.read_list", read_and_lose)
+    assert RedisReroute(redis_client).route_again("large") == 0
     assert waiting(redis_client, keys.SUBMIT_QUEUE) == []

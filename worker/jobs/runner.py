@@ -4,7 +4,8 @@ Runs one job: ended before? may it run? then generate, and store the one outcome
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -13,7 +14,9 @@ from common.errors import (
     DeadlineExceeded,
     EngineNotReady,
     JobCancelled,
+    LoadFailed,
     PromptTooLong,
+    Refused,
     ShiftworkerError,
     Unavailable,
 )
@@ -22,8 +25,11 @@ from common.logs import get_logger
 from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from worker.catalog.spec import EngineKind
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
+from worker.engines.http import CONNECT_S
+from worker.jobs.cloud_lane import StandIn
 from worker.jobs.token_writer import TokenWriter
 from worker.residency.board import ResidencyBoard
+from worker.residency.may_leave import may_leave
 from worker.selection.placement import Placement
 
 logger = get_logger(__name__)
@@ -37,6 +43,10 @@ class HandBack(Exception):
 
 class RouteAgain(Exception):
     """The job has no outcome yet; its model was loaded too short for it, and another one may not be."""
+
+
+class StaysHere(Exception):
+    """The job has no outcome yet; the cloud endpoint will not have it, so it waits for its own model."""
 
 
 class DuplicateDelivery(Exception):
@@ -64,6 +74,7 @@ class JobRunner:
         engines: Mapping[EngineKind, Engine],
         limits: JobLimits,
         switch_seconds: Callable[[datetime, datetime], float],
+        stand_in: StandIn | None = None,
     ) -> None:
         self._worker = worker
         self._store = store
@@ -72,8 +83,10 @@ class JobRunner:
         self._engines = engines
         self._limits = limits
         self._switch_seconds = switch_seconds
+        self._stand_in = stand_in
         self._tokens = TokenWriter(store)
-        self._running: dict[str, tuple[str, StopSignal]] = {}  # job id -> its model, its signal
+        # job id -> its model, None if it runs elsewhere; its signal
+        self._running: dict[str, tuple[str | None, StopSignal]] = {}
 
     def hand_back(self, model_id: str) -> None:
         """Tell every job that runs on *model_id* to stop and go back to its queue."""
@@ -96,13 +109,15 @@ class JobRunner:
         1. Has it ended already?                    Give the stored outcome: this is a second delivery.
         2. Did somebody cancel it?                  Cancelled.
         3. Has its deadline passed?                 Expired.
-        4. Is its model ready here?                 If not, the message goes back.
+        4. Is its model ready here? On its way to   If not, the message goes back.
+           the cloud: may it leave, and does the
+           endpoint take it?
         5. Is another copy of it in flight?         If so, this one is dropped.
         6. Otherwise                                Generate, and store what came of it.
 
         Raises
         ------
-        HandBack, RouteAgain, DuplicateDelivery
+        HandBack, RouteAgain, StaysHere, DuplicateDelivery
             There is no outcome; what must happen to the message.
         """
         # (1) Ended already.
@@ -112,10 +127,7 @@ class JobRunner:
 
         view = self._store.view(job_id)
         started = utc_now()
-        ledger = Ledger(
-            model=route.model, complexity=route.complexity, why=route.why, worker=self._worker,
-            attempt=view.attempts, queued_at=view.queued_at,
-        )  # fmt: skip
+        ledger = self._ledger(route).model_copy(update={"attempt": view.attempts, "queued_at": view.queued_at})
 
         # (2) Cancelled. (3) Expired.
         if job_id in self._store.asked_to_cancel([job_id]):
@@ -124,16 +136,15 @@ class JobRunner:
             return self._end(job_id, ledger, _expired(request.deadline, "while the job waited"))
 
         try:
-            # (4) Its model, ready for as long as it runs.
-            with self._board.enter(route.model):
-                self._check_engine(route.model)
+            # (4) Its engine, ready for as long as it runs.
+            with self._ready_engine(job_id, request, route) as engine:
                 # (5) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
                 if attempt is None:
                     raise DuplicateDelivery
                 # (6) Generate.
                 ledger = ledger.model_copy(update={"attempt": attempt, **self._waited(view.queued_at, started)})
-                completion = self._generate(job_id, request, route, started, stop, attempt=attempt)
+                completion = self._generate(engine, job_id, request, route, stop, now=started, attempt=attempt)
         except EngineNotReady:
             stop.wait(_NOT_READY_PAUSE_S)
             raise self._handed_back(job_id) from None
@@ -147,16 +158,57 @@ class JobRunner:
             return self._end(job_id, ledger, error)
         return self._answered(job_id, ledger, completion)
 
-    def _check_engine(self, model_id: str) -> None:
-        """Raise EngineNotReady if the engine has died and the board does not know yet: that is no attempt."""
-        engine = self._engines[self._placements[model_id].spec.engine]
-        if engine.state(model_id) is not EngineState.READY:
-            raise EngineNotReady(f"The engine of {model_id} has just ended; the job waits for the next one.")
+    def _ledger(self, route: Route) -> Ledger:
+        """What is known of the job before it runs."""
+        ledger = Ledger(model=route.model, complexity=route.complexity, why=route.why, worker=self._worker)
+        if self._stand_in is None or route.cloud is None:
+            return ledger
+        return ledger.model_copy(update={"cloud": self._stand_in.cloud.model, "why": f"{route.why}; {route.cloud}"})
+
+    @contextmanager
+    def _ready_engine(self, job_id: str, request: JobRequest, route: Route) -> Iterator[Engine]:
+        """Give the engine that answers the job. Raises EngineNotReady: that is no attempt."""
+        if route.cloud is not None:
+            try:
+                yield self._endpoint(job_id, request, route)
+            except Refused as error:  # its own model may well take it
+                raise self._stays(job_id, error.message) from None
+            return
+        with self._board.enter(route.model):
+            engine = self._engines[self._placements[route.model].spec.engine]
+            if engine.state(route.model) is not EngineState.READY:  # it died, and the board does not know yet
+                raise EngineNotReady(f"The engine of {route.model} has just ended; the job waits for the next one.")
+            yield engine
+
+    def _endpoint(self, job_id: str, request: JobRequest, route: Route) -> Engine:
+        """Give the cloud endpoint; this is the last door, so it is asked again whether the job may leave."""
+        stand_in = self._stand_in
+        leave = may_leave(request, route, stand_in.cloud if stand_in else None, others_ready=False)
+        if stand_in is None or not leave.granted:
+            raise self._stays(job_id, leave.reason)
+        if stand_in.engine.state(route.model) is EngineState.STOPPED:
+            try:
+                stand_in.engine.ensure_ready(self._placements[route.model], timeout_s=CONNECT_S)
+            except LoadFailed as error:
+                raise EngineNotReady(error.message) from None
+        return stand_in.engine
+
+    def _stays(self, job_id: str, reason: str) -> StaysHere:
+        logger.info("jobs.stays_here", job_id=job_id, reason=reason)
+        self._store.note_handed_back(job_id)
+        return StaysHere(reason)
 
     def _generate(
-        self, job_id: str, request: JobRequest, route: Route, now: datetime, stop: StopSignal, *, attempt: int
+        self,
+        engine: Engine,
+        job_id: str,
+        request: JobRequest,
+        route: Route,
+        stop: StopSignal,
+        *,
+        now: datetime,
+        attempt: int,
     ) -> Completion:
-        placement = self._placements[route.model]
         timeout_s = self._limits.timeout_s
         if request.deadline is not None:
             timeout_s = min(timeout_s, (request.deadline - now).total_seconds())
@@ -166,8 +218,7 @@ class JobRunner:
             timeout_s=timeout_s,
             on_chunk=self._tokens.listener(job_id, attempt) if request.stream else None,
         )
-        engine = self._engines[placement.spec.engine]
-        self._running[job_id] = (route.model, stop)
+        self._running[job_id] = (route.model if route.cloud is None else None, stop)
         try:
             return engine.generate(route.model, call, stop)
         finally:

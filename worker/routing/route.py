@@ -108,10 +108,10 @@ def _missing(request: JobRequest, model: OfferedModel) -> str | None:
     serves = _SERVES[request.kind]
     if not set(serves) & set(model.capabilities):
         return serves[0]
-    return next((need for need in _needs(request) if need not in model.capabilities), None)
+    return next((need for need in needs_of(request) if need not in model.capabilities), None)
 
 
-def _needs(request: JobRequest) -> Iterator[str]:
+def needs_of(request: JobRequest) -> Iterator[str]:
     """Name what the body asks for beside the text."""
     extra = request.model_extra or {}
     if extra.get("tools"):

@@ -40,6 +40,7 @@ class PaperWorld:
         self.waits = Backlog()
         self.deeds: list[str] = []
         self.prefetched: tuple[Residency, Backlog, float] | None = None
+        self.offered_to_cloud: tuple[Residency, Backlog, float] | None = None
 
     def machine(self) -> Machine:
         return make_machine(24)
@@ -57,7 +58,7 @@ class PaperWorld:
         )
 
     def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
-        assert (residency, backlog, now) == (self.is_loaded, self.waits, self.now)
+        self.offered_to_cloud = (residency, backlog, now)
 
     def serve(self, models: Iterable[str]) -> None:
         self.deeds.append(f"serve {' '.join(models)}".strip())
@@ -253,3 +254,12 @@ def test_a_beat_that_fails_does_not_stop_the_heart(beat: Beat) -> None:
     assert enough.wait(10)
     heart.end()
     assert not heart.is_alive()
+
+
+def test_the_cloud_is_looked_at_with_what_is_loaded_and_what_waits(beat: Beat) -> None:
+    """In every beat, as things are then."""
+    beat.world.is_loaded = with_ready("a")
+    beat.world.waits = waiting(a=1, b=3)
+    beat()
+
+    assert beat.world.offered_to_cloud == (beat.world.is_loaded, beat.world.waits, beat.world.now)
