@@ -161,7 +161,7 @@ def _environment(model: Path, load: Load) -> Mapping[str, str]:
         "VLLM_MAX_MODEL_LEN": str(_LENGTH),
         "VLLM_MAX_NUM_SEQS": str(load.max_num_seqs),
         "WORKER_CONCURRENCY": str(load.max_num_seqs),
-        "LOG_LEVEL": "warning",
+        "LOG_LEVEL": "WARNING",
     }
 
 
