@@ -144,6 +144,7 @@ class WorkerWorld:
                 stopping=self.stopping,
                 now=now,
                 switch_times=self._history.times(),
+                cloud_alerts=self._cloud_lane.alerts,
             )
             models = tuple(offered(placement, residency, now=now) for placement in self._placements)
             self._status.offer(Offer(worker=self._name, models=models, at=utc_now()))

@@ -15,7 +15,7 @@ from common.schemas import JobState
 from tests.e2e.conftest import Box
 from tests.e2e.nodes import ProgramNode, RedisNode
 from tests.fakes.cloud_server import CloudServer
-from tests.fakes.endpoint import Endpoint
+from tests.fakes.endpoint import ANSWER, Endpoint
 from tests.waiting import eventually
 
 
@@ -118,11 +118,27 @@ def test_what_the_endpoint_refuses_waits_for_its_model(recorder: Endpoint, box: 
     eventually(lambda: box.events("jobs.stays_here"), within_s=60, what="the job comes back")
     [event] = box.events("jobs.stays_here")
     assert "we do not know top_k" in event["reason"]
-    recorder.says(200)
+    recorder.says(200, ANSWER)
     other = box.send("no matter", privacy_required=False)
     other.get(timeout=30)
     assert box.client.status(job.id).state is JobState.ROUTED
     assert len(recorder.bodies) == 2
+
+
+def test_a_job_that_met_a_busy_endpoint_leaves_again_when_it_has_rested(recorder: Endpoint, box: Box) -> None:
+    """It comes home meanwhile: its model might be back first. No fault of it is counted."""
+    recorder.says(429, '{"error": {"message": "slow down"}}', Retry_After="3")
+    job = box.send(privacy_required=False)
+    eventually(lambda: recorder.bodies, within_s=60, what="the job is there")
+    recorder.says(200, ANSWER)
+
+    ledger = job.get(timeout=60)["ledger"]
+    assert (ledger["cloud"], ledger["attempt"]) == ("its-own-name", 2)
+    assert len(recorder.bodies) == 2
+    [rests] = box.events("engines.cloud_rests")
+    assert (rests["seconds"], "slow down" in rests["reason"]) == (3.0, True)
+    assert box.events("routing.back_from_cloud")
+    assert not box.events("jobs.fault")
 
 
 def everything_in_redis(box: Box) -> str:

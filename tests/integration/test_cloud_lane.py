@@ -153,7 +153,9 @@ def test_everybody_comes_home_while_the_endpoint_rests(app: Celery, world: World
     world.look()
     engine._rest("HTTP 503", rest_s=3600)
 
+    assert world.lane.alerts[0] == "jobs of large that may leave the machine are answered by the cloud"
     assert world.look() == ()
+    assert world.lane.alerts == ("no job leaves for the cloud for now: HTTP 503",)
     assert (world.here, world.away) == (["a", "b"], [])
     assert not world.lane.waits("large")
     engine._rests_until = 0.0

@@ -126,7 +126,7 @@ def test_an_endpoint_that_takes_nothing_now_is_no_fault_of_the_job(world: World,
             world.run()
         world.later()
 
-    assert len(world.endpoint.bodies) == 5
+    assert len(world.endpoint.bodies) == world.store.view("job").attempts == 5
     assert world.store.note_fault("job") == 1  # the first
 
 

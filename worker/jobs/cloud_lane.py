@@ -52,6 +52,13 @@ class CloudLane:
         self._stay: dict[str, tuple[object, ...]] = {}  # model -> how things were when none of its jobs could leave
         self.open: tuple[str, ...] = ()  # models whose jobs on their way are to be taken
 
+    @property
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator should know: whose jobs leave, and why the endpoint is left alone."""
+        leaving = (f"jobs of {model} that may leave the machine are answered by the cloud" for model in self.open)
+        resting = self._stand_in.engine.resting if self._stand_in else None
+        return (*leaving, *([f"no job leaves for the cloud for now: {resting}"] if resting else []))
+
     def waits(self, model_id: str) -> bool:
         """Does a job wait for *model_id*, with no other model ready, that the endpoint would be asked to answer now?"""
         stand_in = self._stand_in

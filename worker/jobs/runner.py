@@ -186,6 +186,8 @@ class JobRunner:
         leave = may_leave(request, route, stand_in.cloud if stand_in else None, others_ready=False)
         if stand_in is None or not leave.granted:
             raise self._stays(job_id, leave.reason)
+        if (resting := stand_in.engine.resting) is not None:
+            raise EngineNotReady(resting)
         if stand_in.engine.state(route.model) is EngineState.STOPPED:
             try:
                 stand_in.engine.ensure_ready(self._placements[route.model], timeout_s=CONNECT_S)

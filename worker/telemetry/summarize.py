@@ -24,8 +24,9 @@ def summarize(
     stopping: bool,
     now: float,
     switch_times: Sequence[SwitchTime] = (),
+    cloud_alerts: Sequence[str] = (),
 ) -> HardwareStatus:
-    """Say what the worker *worker* is at *now* (Unix seconds)."""
+    """Say what the worker *worker* is at *now* (Unix seconds); *cloud_alerts* are told as they are."""
     switching = residency.switching
     return HardwareStatus(
         worker=worker,
@@ -58,7 +59,7 @@ def summarize(
         },
         switches=tuple(switches),
         switch_times=tuple(switch_times),
-        alerts=_alerts(machine, residency, max_temperature_c, now),
+        alerts=(*_alerts(machine, residency, max_temperature_c, now), *cloud_alerts),
     )
 
 
