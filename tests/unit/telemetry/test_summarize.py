@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.schemas import HardwareStatus, SwitchRecord, SwitchStage, WorkerState
+from common.schemas import HardwareStatus, SwitchRecord, SwitchStage, SwitchTime, WorkerState
 from tests.factories import GIB, make_gpu, make_machine
 from worker.hardware.gpu import Machine
 from worker.state.backlog import Backlog, Waiting
@@ -145,3 +145,13 @@ def test_memory_that_did_not_come_back_is_an_alert() -> None:
     assert status.alerts == (
         "the memory of b is not all back although it has ended: card 0 has 1.0 GiB free, 9.0 GiB were expected",
     )
+
+
+def test_what_switches_take_is_shown() -> None:
+    """For each pair of models, as it was measured."""
+    time = SwitchTime(
+        from_model=None, to_model="a", level="cold", mean_s=2, last_s=3, load_s=1, load_bytes=7, count=4,
+        at=datetime.fromtimestamp(NOW, UTC),
+    )  # fmt: skip
+
+    assert look(switch_times=(time,)).switch_times == (time,)
