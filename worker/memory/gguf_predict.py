@@ -92,7 +92,8 @@ def _weights(architecture: Architecture, mix: str, weights_bytes: int | None, as
     if not architecture.unknown_weights and abs(chosen.total - weights_bytes) > _TOLERANCE * weights_bytes:
         raised = "BF16" if mix == "Q8_0" else "Q8_0"
         dynamic = _weigh(architecture, mix, raised=raised)
-        if abs(dynamic.total - weights_bytes) < abs(chosen.total - weights_bytes):
+        leaves_room = dynamic.total - sum(dynamic.layers) < weights_bytes
+        if leaves_room and abs(dynamic.total - weights_bytes) < abs(chosen.total - weights_bytes):
             chosen = dynamic
             assumed.append(f"a guess: {raised} for embedding and head, as the size is far from that of {mix}")
     layers = _scale(chosen.layers, weights_bytes - (chosen.total - sum(chosen.layers)))

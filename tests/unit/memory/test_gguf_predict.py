@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker.catalog.architecture import Architecture
@@ -224,6 +224,7 @@ def test_what_is_unknown_is_named() -> None:
 
 
 @settings(deadline=1000)
+@example(mix="TQ1_0", layers=1, hidden=64, inner=1, vocab=1966, tied=False, size=267_499)
 @given(
     mix=st.sampled_from(sorted(MIXES)), layers=st.integers(1, 90), hidden=st.integers(1, 64).map(lambda n: n * 32),
     inner=st.integers(1, 9000), vocab=st.integers(1, 5000), tied=st.booleans(), size=st.none() | st.integers(0, 10**12),
