@@ -109,7 +109,7 @@ class RemoteEngine:
     def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:  # noqa: ARG002 - nothing is waited for
         """Stand in for the model no longer; see `Engine`."""
         with self._lock:
-            calls = self._calls.pop(model_id, set())
+            calls = list(self._calls.pop(model_id, ()))  # each leaves the set as it ends
         for call in calls:
             call.stop("ended")
 
