@@ -61,6 +61,15 @@ class JobLimits:
     max_attempts: int  # engine deaths and hangs under one job
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """A job that an engine works on now."""
+
+    model_id: str | None  # None = it runs elsewhere
+    stop: StopSignal
+    delivery: str
+
+
 class JobRunner:
     """Runs jobs on the models that are ready; called from many threads at once."""
 
@@ -85,20 +94,19 @@ class JobRunner:
         self._switch_seconds = switch_seconds
         self._stand_in = stand_in
         self._tokens = TokenWriter(store)
-        # job id -> its model, None if it runs elsewhere; its signal
-        self._running: dict[str, tuple[str | None, StopSignal]] = {}
+        self._running: dict[str, _Run] = {}  # by job id
 
     def hand_back(self, model_id: str) -> None:
         """Tell every job that runs on *model_id* to stop and go back to its queue."""
-        for model, stop in list(self._running.values()):
-            if model == model_id:
-                stop.stop("handback")
+        for run in list(self._running.values()):
+            if run.model_id == model_id:
+                run.stop.stop("handback")
 
     def stop_cancelled(self) -> None:
         """Tell every running job that somebody cancelled; one round trip for all of them."""
         running = dict(self._running)
         for job_id in self._store.asked_to_cancel(running):
-            running[job_id][1].stop("cancelled")
+            running[job_id].stop.stop("cancelled")
 
     def run(self, job_id: str, request: JobRequest, route: Route, *, delivery: str, stop: StopSignal) -> Outcome:
         """
@@ -112,7 +120,8 @@ class JobRunner:
         4. Is its model ready here? On its way to   If not, the message goes back.
            the cloud: may it leave, and does the
            endpoint take it?
-        5. Is another copy of it in flight?         If so, this one is dropped.
+        5. Is another copy of it in flight? Of      If so, this one is dropped; a copy of the same message goes back,
+           the same message, even?                  for the two are one to whoever acknowledges it.
         6. Otherwise                                Generate, and store what came of it.
 
         Raises
@@ -137,7 +146,7 @@ class JobRunner:
 
         try:
             # (4) Its engine, ready for as long as it runs.
-            with self._ready_engine(job_id, request, route) as engine:
+            with self._ready_engine(job_id, request, route) as engine, self._alone(job_id, route, stop, delivery):
                 # (5) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
                 if attempt is None:
@@ -220,13 +229,30 @@ class JobRunner:
             timeout_s=timeout_s,
             on_chunk=self._tokens.listener(job_id, attempt) if request.stream else None,
         )
-        self._running[job_id] = (route.model if route.cloud is None else None, stop)
         try:
             return engine.generate(route.model, call, stop)
         finally:
-            del self._running[job_id]
             if request.stream:
                 self._tokens.flush()  # before the end is stored: nothing is added to a stream behind it
+
+    @contextmanager
+    def _alone(self, job_id: str, route: Route, stop: StopSignal, delivery: str) -> Iterator[None]:
+        """
+        Note the job as running here, unless it does already.
+
+        Redis was away, the lease ran out, and the message came again while its first copy still runs: it goes back
+        until that one has ended. To drop it would acknowledge it for both.
+        """
+        run = _Run(model_id=route.model if route.cloud is None else None, stop=stop, delivery=delivery)
+        if (other := self._running.setdefault(job_id, run)) is not run:
+            if other.delivery != delivery:
+                raise DuplicateDelivery
+            stop.wait(_NOT_READY_PAUSE_S)
+            raise HandBack
+        try:
+            yield
+        finally:
+            del self._running[job_id]
 
     def _waited(self, queued_at: datetime | None, started: datetime) -> dict[str, float]:
         if queued_at is None:

@@ -221,6 +221,19 @@ def test_5_a_copy_of_a_job_in_flight_is_dropped() -> None:
         assert world.board.read().residents[0].in_flight == 1
 
 
+def test_5_a_message_that_comes_again_while_it_runs_here_goes_back() -> None:
+    """The lease ran out while the job ran: one run of it at a time, and it is not its end when that one fails."""
+    world = World(run_s=LONG_S)
+    with world.running() as first:
+        with pytest.raises(HandBack):
+            world.run(stop=told_not_to_wait())
+        assert len(world.engine.calls) == 1
+        world.engine.die("small")
+        with pytest.raises(HandBack):
+            first.result(timeout=5)
+    assert world.store.outcome("job") is None
+
+
 def test_5_the_same_message_again_is_the_next_attempt() -> None:
     """And so is another message, once the first is not in flight any more."""
     world = World(in_flight=lambda _tag: False)
