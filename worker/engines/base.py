@@ -6,9 +6,13 @@ An engine is asked for a state, with a deadline, and verifies it:
 | asked            | found                 | done                                                     |
 | ---------------- | --------------------- | -------------------------------------------------------- |
 | `ensure_ready`   | ready                 | nothing                                                  |
+|                  | asleep                | wake it                                                  |
 |                  | stopped, or dead      | start it, wait until it answers its health check         |
+| `ensure_asleep`  | asleep at that level  | nothing                                                  |
+|                  | ready                 | give its card's memory back, all but what a process      |
+|                  |                       | keeps; its requests have ended before                    |
 | `ensure_stopped` | stopped               | nothing                                                  |
-|                  | ready, starting, hung | end the whole process tree, wait until it is gone        |
+|                  | anything else         | end the whole process tree, wait until it is gone        |
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+from common.errors import EngineFailed
 from worker.catalog.spec import EngineKind
 from worker.memory.measured import Measured
 from worker.selection.placement import Placement
+from worker.state.residency import Level
 
 
 class EngineState(StrEnum):
@@ -30,6 +36,7 @@ class EngineState(StrEnum):
     STOPPED = "stopped"
     STARTING = "starting"
     READY = "ready"
+    ASLEEP = "asleep"
     DEAD = "dead"  # it was ready, and its process ended by itself
 
 
@@ -66,9 +73,10 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a successful load measured."""
+    """What a successful load measured, or a wake."""
 
     seconds: float
+    level: Level = Level.COLD  # from where: its files, a process that stood ready, or its sleep
     pids: tuple[int, ...] = ()  # the process tree, for NVML and for people
     rss_bytes: int | None = None  # of the tree; None where the engine has no process of its own
     measured: Measured = field(default_factory=Measured)  # what the engine itself says of its memory
@@ -127,7 +135,7 @@ class Engine(Protocol):
 
     def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
         """
-        Make the model of *placement* answer requests.
+        Make the model of *placement* answer requests; one that sleeps, and was loaded by the same placement, wakes.
 
         Raises
         ------
@@ -138,6 +146,30 @@ class Engine(Protocol):
             The same, for want of memory: a smaller placement may do.
         EngineMissing, ModelMissing
             It cannot be started here at all.
+        """
+        ...
+
+    @property
+    def standby(self) -> Level:
+        """From where a model starts that is not here: SPARE if a process stands ready for any, else COLD; cheap."""
+        ...
+
+    def standby_bytes(self) -> int:
+        """What the process that stands ready takes of the host, in bytes; 0 without one."""
+        ...
+
+    def sleep_levels(self, placement: Placement) -> tuple[Level, ...]:
+        """The levels at which this engine can put the model of *placement* to sleep; empty = it cannot."""
+        ...
+
+    def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:
+        """
+        Put a ready model, whose requests have ended, to sleep at one of its `sleep_levels`.
+
+        Raises
+        ------
+        EngineFailed
+            It did not fall asleep within *timeout_s*; nothing of it is left running.
         """
         ...
 
@@ -176,6 +208,24 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop every model and free everything; the last call."""
         ...
+
+
+class NeverAsleep:
+    """For engines that cannot sleep, and keep nothing ready for the next model."""
+
+    standby: Final = Level.COLD
+
+    def standby_bytes(self) -> int:
+        """See `Engine`."""
+        return 0
+
+    def sleep_levels(self, placement: Placement) -> tuple[Level, ...]:  # noqa: ARG002 - the protocol's signature
+        """See `Engine`."""
+        return ()
+
+    def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:  # noqa: ARG002 - as above
+        """See `Engine`."""
+        raise EngineFailed(f"The engine of {model_id} cannot sleep; end it instead.")
 
 
 class JobStopped(Exception):

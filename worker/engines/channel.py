@@ -9,6 +9,8 @@ Standard library only: the engine's side runs in vLLM's Python, which has nothin
 | worker | ASK      | OpenAI's path, a line feed, OpenAI's body                                 |
 | worker | ABORT    | nothing: the answer to this number is not wanted any more                 |
 | worker | PING     | nothing: answer when the engine's loop comes by                           |
+| worker | SLEEP    | the level, 1 or 2: answer when the card's memory is given back            |
+| worker | WAKE     | the level it sleeps at: answer when it can serve again                    |
 | engine | STARTED  | its pid                                                                   |
 | engine | READY    | nothing: it answers from now on                                           |
 | engine | FAILED   | why it could not load: the exception's class and message                  |
@@ -42,6 +44,8 @@ class Kind(IntEnum):
     EVENT = 8
     ANSWER = 9
     ENDED = 10
+    SLEEP = 11
+    WAKE = 12
 
 
 class Frame(NamedTuple):

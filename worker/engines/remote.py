@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from common.errors import EngineDied, EngineFailed, EngineNotReady, LoadFailed
 from common.logs import get_logger
 from worker.engines.assemble import complete, join
-from worker.engines.base import Call, Completion, EngineState, JobStopped, Loaded, OnChunk, StopSignal
+from worker.engines.base import Call, Completion, EngineState, JobStopped, Loaded, NeverAsleep, OnChunk, StopSignal
 from worker.engines.http import Answer, EngineHttp
 from worker.engines.interpret import completion_of, interpret, quote, read_chunk
 from worker.selection.placement import Placement
@@ -36,7 +36,7 @@ _OPERATORS = {401, 402, 403, _NOT_FOUND, 405}
 _BUSY = {408, 425, 429, 502, 503, 504, 529}
 
 
-class RemoteEngine:
+class RemoteEngine(NeverAsleep):
     """
     An `Engine` without processes: each model it is asked to make ready is answered by *model* at *url*.
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from common.errors import EngineDied, EngineFailed, EngineNotReady, EngineTimeout
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.assemble import complete, join
-from worker.engines.base import Call, Completion, EngineState, Loaded, OnChunk, StopSignal
+from worker.engines.base import Call, Completion, EngineState, Loaded, NeverAsleep, OnChunk, StopSignal
 from worker.engines.http import EngineHttp
 from worker.engines.interpret import completion_of, interpret, read_chunk
 from worker.engines.process import EngineProcess, Launch
@@ -33,7 +33,7 @@ DEATH_NOTICE_S = 1.0
 STREAM_DEATH_NOTICE_S = 6.0
 
 
-class ServerEngine(ABC):
+class ServerEngine(NeverAsleep, ABC):
     """
     An `Engine` whose models are server processes.
 

@@ -13,11 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from common.errors import EngineDied, EngineNotReady, EngineTimeout, InvalidRequest, LoadFailed, PromptTooLong
+from common.errors import (
+    EngineDied,
+    EngineFailed,
+    EngineNotReady,
+    EngineTimeout,
+    InvalidRequest,
+    LoadFailed,
+    PromptTooLong,
+)
 from common.schemas import BodyKind, JobRequest
 from worker.catalog.spec import EngineKind
 from worker.engines.base import Call, Completion, EngineState, JobStopped, Loaded, StopSignal
 from worker.selection.placement import Placement
+from worker.state.residency import Level
 
 ECHOED_WORDS = 8
 EMBEDDING_DIMENSIONS = 8
@@ -32,32 +41,70 @@ class StubEngine:
 
     Parameters
     ----------
-    load_s, run_s
-        How long a load and a request take, in seconds.
+    load_s, run_s, sleep_s
+        How long a load, a request and falling asleep take, in seconds.
+    wake_s
+        The levels at which a model on a card can sleep, and the seconds to wake from each; none = it cannot.
     """
 
     kind = EngineKind.STUB
+    standby = Level.COLD
 
-    def __init__(self, *, load_s: float = 0.0, run_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        load_s: float = 0.0,
+        run_s: float = 0.0,
+        sleep_s: float = 0.0,
+        wake_s: Mapping[Level, float] | None = None,
+    ) -> None:
         self._load_s = load_s
         self._run_s = run_s
+        self._sleep_s = sleep_s
+        self._wake_s = wake_s or {}
         self._lock = threading.Lock()
         self._models: dict[str, _Model] = {}
 
     def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
         """Make the model answer; see `Engine`."""
         with self._lock:
-            found = self._models.get(placement.model_id)
-            if found is not None and found.state is EngineState.READY:
+            model = self._models.get(placement.model_id)
+            if model is not None and model.state is EngineState.READY:
                 return Loaded(seconds=0.0)
-            model = self._models[placement.model_id] = _Model(placement.max_model_len)
-        if model.gone.wait(min(self._load_s, timeout_s)):
+            wakes = model is not None and model.state is EngineState.ASLEEP and model.placement == placement
+            if model is None or not wakes:
+                model = self._models[placement.model_id] = _Model(placement)
+            model.state = EngineState.STARTING
+        level, takes_s = (model.level, self._wake_s[model.level]) if wakes else (Level.COLD, self._load_s)
+        if model.gone.wait(min(takes_s, timeout_s)):
             raise LoadFailed(f"{placement.model_id} was stopped while it was loading.")
-        if self._load_s > timeout_s:
+        if takes_s > timeout_s:
             self.ensure_stopped(placement.model_id, timeout_s=0)
             raise LoadFailed(f"{placement.model_id} did not become ready within {timeout_s:g} s.")
-        model.state = EngineState.READY
-        return Loaded(seconds=self._load_s)
+        model.level, model.state = Level.READY, EngineState.READY
+        return Loaded(seconds=takes_s, level=level)
+
+    def standby_bytes(self) -> int:
+        """Nothing stands ready; see `Engine`."""
+        return 0
+
+    def sleep_levels(self, placement: Placement) -> tuple[Level, ...]:
+        """The levels it was made with, for a model on a card; see `Engine`."""
+        return tuple(self._wake_s) if placement.gpus else ()
+
+    def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:
+        """Put the model to sleep; see `Engine`."""
+        with self._lock:
+            model = self._models.get(model_id)
+            if model is not None and (model.state, model.level) == (EngineState.ASLEEP, level):
+                return
+            if model is None or model.state is not EngineState.READY or level not in self.sleep_levels(model.placement):
+                raise EngineFailed(f"{model_id} is {self.state(model_id)} and cannot fall asleep at {level}.")
+            model.state = EngineState.STARTING  # neither ready nor asleep
+        if model.gone.wait(min(self._sleep_s, timeout_s)) or self._sleep_s > timeout_s:
+            self.ensure_stopped(model_id, timeout_s=0)
+            raise EngineFailed(f"{model_id} did not fall asleep within {timeout_s:g} s.")
+        model.level, model.state = level, EngineState.ASLEEP
 
     def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:  # noqa: ARG002 - the protocol's signature
         """End the model; see `Engine`."""
@@ -87,13 +134,12 @@ class StubEngine:
             raise EngineNotReady(f"{model_id} is {self.state(model_id)} on this worker; the job waits for its turn.")
         request = _read(call)
         words = request.text.split()
-        if len(words) >= model.max_model_len:
-            raise PromptTooLong(
-                f"The prompt has {len(words)} words; {model_id} takes fewer than {model.max_model_len}."
-            )
+        length = model.placement.max_model_len
+        if len(words) >= length:
+            raise PromptTooLong(f"The prompt has {len(words)} words; {model_id} takes fewer than {length}.")
 
         answer = " ".join([_digest(call.body), *words[:ECHOED_WORDS]])
-        tokens = min(len(answer.split()), request.answer_tokens or model.max_model_len)
+        tokens = min(len(answer.split()), request.answer_tokens or length)
         text = " ".join(answer.split()[:tokens])
         response = _response(request, model_id=model_id, text=text, prompt_tokens=len(words), tokens=tokens)
         began = time.monotonic()
@@ -135,8 +181,9 @@ class StubEngine:
 class _Model:
     """One model in memory, and the calls that must learn of its end."""
 
-    def __init__(self, max_model_len: int) -> None:
-        self.max_model_len = max_model_len
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.level = Level.STARTING
         self.state = EngineState.STARTING
         self.gone = threading.Event()
         self._lock = threading.Lock()

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any, NoReturn
 
 import huggingface_hub.constants
@@ -38,6 +38,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 
+from worker.engines import vllm_sleep
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 
 if current_platform.is_cpu():
@@ -110,7 +111,7 @@ async def _serve(connection: socket.socket, order: Order) -> None:
     gone = asyncio.get_running_loop().create_future()
     connection.setblocking(False)
     _, requests = await asyncio.get_running_loop().create_connection(
-        lambda: _Requests(app, engine.engine_core, gone), sock=connection
+        lambda: _Requests(app, engine, gone), sock=connection
     )
     await engine.engine_core.ask(lambda: None)
     requests.send(Frame(Kind.READY))
@@ -182,6 +183,20 @@ class _Core(InprocClient):
         """See `EngineCoreClient`."""
         return await self.ask(lambda: self.collective_rpc(*args))
 
+    async def sleep_async(self, *args: Any) -> None:
+        """See `EngineCoreClient`."""
+        await self.ask(lambda: self.sleep(*args))
+
+    async def wake_up_async(self, *args: Any) -> bool:
+        """See `EngineCoreClient`."""
+        awake: bool = await self.ask(lambda: self.wake_up(*args))
+        return awake
+
+    async def reset_prefix_cache_async(self, *args: Any) -> bool:
+        """See `EngineCoreClient`."""
+        done: bool = await self.ask(lambda: self.reset_prefix_cache(*args))
+        return done
+
     def _run(self) -> None:
         try:
             while True:
@@ -219,9 +234,10 @@ class _Resources:
 class _Requests(asyncio.Protocol):
     """The worker's connection: each request is a call of the application; answers of one moment travel together."""
 
-    def __init__(self, app: Any, core: _Core, gone: asyncio.Future[None]) -> None:
+    def __init__(self, app: Any, engine: AsyncLLM, gone: asyncio.Future[None]) -> None:
         self._app = app
-        self._core = core
+        self._engine = engine
+        self._core: _Core = engine.engine_core
         self._gone = gone
         self._loop = asyncio.get_running_loop()
         self._unpacker = Unpacker()
@@ -244,6 +260,10 @@ class _Requests(asyncio.Protocol):
                 call.hang_up()
             elif frame.kind == Kind.PING:
                 self._begin(self._pong(frame.number))
+            elif frame.kind == Kind.SLEEP:
+                self._begin(self._tell(frame.number, vllm_sleep.fall_asleep(self._engine, int(frame.body))))
+            elif frame.kind == Kind.WAKE:
+                self._begin(self._tell(frame.number, vllm_sleep.wake(self._engine, int(frame.body))))
 
     def send(self, frame: Frame) -> None:
         """Send *frame* together with all others of this turn of the event loop."""
@@ -276,6 +296,16 @@ class _Requests(asyncio.Protocol):
     async def _pong(self, number: int) -> None:
         await self._core.ask(lambda: None)
         self.send(Frame(Kind.ANSWER, number, b"200\n"))
+
+    async def _tell(self, number: int, work: Coroutine[Any, Any, None]) -> None:
+        """Say how *work* ended."""
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - whatever it is, the worker must hear of it
+            traceback.print_exc()
+            self.send(Frame(Kind.ANSWER, number, f"500\n{type(error).__name__}: {error}".encode()))
+        else:
+            self.send(Frame(Kind.ANSWER, number, b"200\n"))
 
 
 class _HttpCall:
