@@ -161,8 +161,7 @@ class _Held:
 
 def _load(case: Case, architecture: Architecture, total: int | None) -> VllmLoad:
     length = case.max_model_len or architecture.max_position_embeddings or _ANY_LENGTH
-    large = is_large(total, case.gpu)
-    defaults = server_defaults(large=large)
+    defaults = server_defaults(total, case.gpu)
     batched = case.max_num_batched_tokens
     if batched is None:
         # The old engine profiled with whole prompts.
@@ -177,7 +176,7 @@ def _load(case: Case, architecture: Architecture, total: int | None) -> VllmLoad
         kv_cache_dtype=case.kv_cache_dtype or "auto",
         enforce_eager=bool(case.enforce_eager),
         version=case.vllm_version,
-        large_card=large,
+        large_card=is_large(total, case.gpu),
     )
 
 

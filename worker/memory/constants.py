@@ -93,6 +93,7 @@ class Card:
 
 
 _LARGE_BYTES = 70 * GIB
+_LARGEST_BYTES = 160 * GIB  # a B200, a B300
 _OFFERED_SHARE = 0.97  # of what is on the box
 
 # CUDA's own totals, from start-up logs (two decimals) and vendor tables less 1.5 to 4 %.
@@ -151,8 +152,10 @@ class ServerDefaults:
     max_num_batched_tokens: int
 
 
-def server_defaults(*, large: bool) -> ServerDefaults:
-    """Give the server's defaults for a large card, or for any other (arg_utils.py)."""
-    if large:
+def server_defaults(total_bytes: int | None = None, name: str | None = None) -> ServerDefaults:
+    """Give the server's defaults for this card, or for one of which nothing is known (arg_utils.py)."""
+    if (total_bytes or 0) >= _LARGEST_BYTES:
+        return ServerDefaults(max_num_seqs=1024, max_num_batched_tokens=16384)
+    if is_large(total_bytes, name):
         return ServerDefaults(max_num_seqs=1024, max_num_batched_tokens=8192)
     return ServerDefaults(max_num_seqs=256, max_num_batched_tokens=2048)

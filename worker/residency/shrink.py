@@ -126,7 +126,7 @@ def _load(plan: Placement) -> VllmLoad:
     return VllmLoad(
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens or server_defaults(large=False).max_num_batched_tokens,
+        max_num_batched_tokens=plan.max_num_batched_tokens or server_defaults().max_num_batched_tokens,
         tensor_parallel_size=plan.tensor_parallel_size,
         kv_cache_dtype=plan.kv_cache_dtype or "auto",
         enforce_eager=not plan.gpus,

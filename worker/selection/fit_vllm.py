@@ -9,7 +9,6 @@ import dataclasses
 from worker.catalog.architecture import Architecture
 from worker.catalog.hf_config import packed_as
 from worker.catalog.spec import ModelSpec
-from worker.memory.cache import shape_cache
 from worker.memory.constants import CPU_PROCESS_BYTES, is_large, server_defaults
 from worker.memory.estimate import MemoryEstimate
 from worker.memory.estimate_vllm import VllmLoad, estimate_vllm
@@ -30,8 +29,8 @@ def fit_vllm(spec: ModelSpec, overrides: Overrides, place: Place, lessons: Lesso
     """
     Fit the whole model into *place*, or say with the arithmetic why it does not.
 
-    1. The length is the longest of the usual maximum and its halves down to 2,048 tokens that fits; batches on a
-       large card are 8,192 tokens, where that costs no length.
+    1. The length is the longest of the usual maximum and its halves down to 2,048 tokens that fits; batches are as
+       large as vLLM makes them on such a card, where that costs no length.
     2. The pool holds at least one request of that length. A model that has the card to itself gets all of the
        rest; models that share one get room for `max_num_seqs` typical jobs.
 
@@ -78,10 +77,11 @@ def cannot_tell(missing: tuple[str, ...]) -> Refusal:
 
 
 def _batches(place: Place) -> tuple[int, ...]:
-    usual = server_defaults(large=False).max_num_batched_tokens
-    if place.gpus and all(is_large(gpu.total_bytes, gpu.name) for gpu in place.gpus):
-        return server_defaults(large=True).max_num_batched_tokens, usual
-    return (usual,)
+    """Tokens in a batch to try: what vLLM takes on such cards, then what it takes anywhere."""
+    usual = server_defaults().max_num_batched_tokens
+    theirs = (server_defaults(gpu.total_bytes, gpu.name).max_num_batched_tokens for gpu in place.gpus)
+    wished = min(theirs, default=usual)
+    return (wished,) if wished == usual else (wished, usual)
 
 
 def _load(overrides: Overrides, place: Place, length: int, batched: int) -> VllmLoad:
@@ -147,12 +147,8 @@ def _with_pool(placement: Placement, overrides: Overrides, place: Place, typical
 
 def _typical_pool(architecture: Architecture, load: VllmLoad) -> int:
     """Bytes on each card for as many typical jobs as the engine works on at once."""
-    shape = shape_cache(
-        architecture,
-        max_model_len=min(load.max_model_len, _TYPICAL_JOB_TOKENS),
-        max_num_batched_tokens=load.max_num_batched_tokens,
-        tensor_parallel_size=load.tensor_parallel_size,
-    )
+    typical = dataclasses.replace(load, max_model_len=min(load.max_model_len, _TYPICAL_JOB_TOKENS))
+    shape = estimate_vllm(architecture, typical).cache
     return 0 if shape is None else shape.request_bytes * load.max_num_seqs
 
 

@@ -61,16 +61,19 @@ def test_any_name_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gib", "name", "large"),
-    [(79.2, "NVIDIA H100 80GB HBM3", True), (79.2, "NVIDIA A100-SXM4-80GB", False), (44.4, "L40S", False),
-     (141, None, True), (None, None, False)],
+    ("gib", "name", "large", "seqs", "batched"),
+    [(79.2, "NVIDIA H100 80GB HBM3", True, 1024, 8192), (79.2, "NVIDIA A100-SXM4-80GB", False, 256, 2048),
+     (44.4, "L40S", False, 256, 2048), (141, None, True, 1024, 8192), (178.4, "NVIDIA B200", True, 1024, 16384),
+     (None, None, False, 256, 2048)],
 )  # fmt: skip
-def test_large_cards_have_defaults_of_their_own(gib: float | None, name: str | None, *, large: bool) -> None:
+def test_large_cards_have_defaults_of_their_own(
+    gib: float | None, name: str | None, seqs: int, batched: int, *, large: bool
+) -> None:
     """
-    From 70 GiB on, but not the A100 (arg_utils.py).
+    From 70 GiB on, but not the A100, and once more from 160 GiB on (arg_utils.py).
     """
     total = None if gib is None else int(gib * GIB)
 
     assert is_large(total, name) == large
-    assert server_defaults(large=large).max_num_seqs == (1024 if large else 256)
-    assert server_defaults(large=large).max_num_batched_tokens == (8192 if large else 2048)
+    assert server_defaults(total, name).max_num_seqs == seqs
+    assert server_defaults(total, name).max_num_batched_tokens == batched
