@@ -4,10 +4,13 @@ Every error that Shiftworker raises, and whether a retry helps.
     ShiftworkerError
     ├── Refused                 the job itself is at fault: a retry cannot help
     │   ├── InvalidRequest          the body is no request we understand
+    │   ├── OverLimit               the job is larger, or asks for more, than the operator allows
+    │   ├── AddressRefused          a URL in the body leads where jobs may not lead us
     │   ├── UnknownModel            no such model in the catalogue, or none that can do this
     │   └── PromptTooLong           the prompt is longer than the model's length
     ├── Unavailable             the job is fine, something under it is not: a retry helps
     │   ├── RedisUnavailable        nobody answers at the Redis address
+    │   ├── QueueFull               too much of the tenant, or of everybody, waits already: `retry_after_s`
     │   ├── EngineNotReady          the model's engine is not (or no longer) ready
     │   ├── EngineDied              the engine's process ended under the job
     │   ├── EngineFailed            the engine lives, but answered with an error of its own, or with nonsense
@@ -21,6 +24,7 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   ├── JobCancelled            somebody cancelled it
     │   └── DeadlineExceeded        its deadline passed
     ├── AttemptsExhausted       the engine died under the job too often: set aside
+    ├── AnswerDropped           the job was answered, and the answer has made room for newer ones
     ├── InternalError           a fault of ours; the worker's log has the traceback
     └── Misconfigured           the operator must change something first
         ├── BadSetting              a setting has a value that is not allowed
@@ -31,7 +35,7 @@ Every error that Shiftworker raises, and whether a retry helps.
         └── EngineMissing           the engine's program is not installed here
 
 An error says what happened, where, and what to do. It travels through Celery's JSON as its class name
-and its one argument, the message; so constructors take the message alone.
+and its arguments: the message, and for the few that know it the time after which to try again.
 """
 
 from __future__ import annotations
@@ -44,9 +48,13 @@ class ShiftworkerError(Exception):
 
     retry_helps: ClassVar[bool] = False
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, *([] if retry_after_s is None else [retry_after_s]))
         self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def kind(self) -> str:
@@ -60,6 +68,14 @@ class Refused(ShiftworkerError):
 
 class InvalidRequest(Refused):
     """The body is no chat-completions, completions or embeddings body."""
+
+
+class OverLimit(Refused):
+    """The job is larger, or asks for more, than the operator's LIMIT_ settings allow."""
+
+
+class AddressRefused(Refused):
+    """A URL in the body does not lead to a public address, nor to one that the operator allows."""
 
 
 class UnknownModel(Refused):
@@ -78,6 +94,10 @@ class Unavailable(ShiftworkerError):
 
 class RedisUnavailable(Unavailable):
     """Nobody answers at the Redis address."""
+
+
+class QueueFull(Unavailable):
+    """As much waits as the operator allows; `retry_after_s` says when to try again."""
 
 
 class EngineNotReady(Unavailable):
@@ -132,6 +152,10 @@ class AttemptsExhausted(ShiftworkerError):
     """The engine died under this job as often as is allowed; it is not tried again."""
 
 
+class AnswerDropped(ShiftworkerError):
+    """The job was answered; the answer was dropped when RESULTS_MAX_BYTES was reached."""
+
+
 class InternalError(ShiftworkerError):
     """Something that should not happen did; the message names it, the log has the traceback."""
 
@@ -164,13 +188,13 @@ class EngineMissing(Misconfigured):
     """The program that runs this kind of model is not installed."""
 
 
-def error_for(kind: str, message: str) -> ShiftworkerError:
+def error_for(kind: str, message: str, retry_after_s: float | None = None) -> ShiftworkerError:
     """
     Build the error whose class is named *kind*; an unknown name gives the root class.
 
     The way back from a stored outcome to something a producer can catch.
     """
-    return _BY_KIND.get(kind, ShiftworkerError)(message)
+    return _BY_KIND.get(kind, ShiftworkerError)(message, retry_after_s)
 
 
 def _descendants(cls: type[ShiftworkerError]) -> list[type[ShiftworkerError]]:

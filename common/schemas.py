@@ -213,15 +213,21 @@ class ErrorBody(_Stored):
     kind: str
     message: str
     retry_helps: bool
+    retry_after_s: float | None = Field(default=None, description="when a retry may help; None = nobody knows")
 
     @classmethod
     def of(cls, error: ShiftworkerError) -> Self:
         """Describe *error* for storage."""
-        return cls(kind=error.kind, message=error.message, retry_helps=error.retry_helps)
+        return cls(
+            kind=error.kind,
+            message=error.message,
+            retry_helps=error.retry_helps,
+            retry_after_s=error.retry_after_s,
+        )
 
     def as_exception(self) -> ShiftworkerError:
         """Give back the error that was stored, to be raised again."""
-        return error_for(self.kind, self.message)
+        return error_for(self.kind, self.message, self.retry_after_s)
 
 
 class Outcome(_Stored):
