@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -54,6 +55,8 @@ class JobRequest(BaseModel):
     input: str | list[Any] | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, description="answers to each prompt")
+    best_of: int | None = Field(default=None, ge=1)
     stream: bool | None = Field(default=None, description="true: the tokens also go to the job's stream")
     stream_options: dict[str, Any] | None = None
 
@@ -85,7 +88,7 @@ class JobRequest(BaseModel):
             )
         try:
             request = cls.model_validate(body)
-            request.model_dump_json()  # half a surrogate pair is a str in Python, and nothing that can be stored
+            _ = request.size_bytes  # half a surrogate pair is a str in Python, and nothing that can be stored
         except ValidationError as error:
             raise InvalidRequest(f"The job's body is not valid: {_problems(error)}.") from None
         except PydanticSerializationError as error:
@@ -125,6 +128,17 @@ class JobRequest(BaseModel):
     def answer_tokens(self) -> int | None:
         """The longest answer the producer allows, in tokens; None if the body does not say."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def answers(self) -> int:
+        """How many answers the engine must make: `n`, or `best_of`, for each prompt."""
+        several = isinstance(self.prompt, list) and not all(isinstance(token, int) for token in self.prompt)
+        return max(self.n or 1, self.best_of or 1) * (len(self.prompt or ()) if several else 1)
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """The body's length as JSON in UTF-8."""
+        return len(self.model_dump_json(exclude_none=True).encode())
 
     def engine_body(self, served_model: str) -> dict[str, Any]:
         """

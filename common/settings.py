@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, V
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from common.errors import BadSetting
+from common.may_reach import Allowed
 from common.redis_client import without_password
+from common.standard_webhook import key_of
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
@@ -127,6 +129,64 @@ class JobSettings(_Group):
     timeout_s: Seconds = Field(600, description="in the engine, per attempt")
     max_attempts: int = Field(5, ge=1, le=100, description="engine deaths under one job before it is set aside")
     result_ttl_s: Seconds = Field(24 * 3600, description="how long outcomes and streams are kept")
+    result_max_bytes: int = Field(4 * 2**30, ge=2**20, description="answers kept; beyond, the oldest are dropped")
+
+
+class LimitSettings(_Group):
+    """What one job, and the jobs of one tenant, may take of the queue."""
+
+    model_config = SettingsConfigDict(env_prefix="LIMIT_")
+
+    body_bytes: int = Field(16 * 2**20, ge=1, description="one body, as JSON")
+    prompt_chars: int = Field(4_000_000, ge=1, description="the text of one prompt")
+    answers: int = Field(128, ge=1, description="of one job: n, or best_of, for each of its prompts")
+    max_tokens: int = Field(131_072, ge=1, description="that a job may ask for, in each answer")
+    tenant_jobs: int = Field(100_000, ge=1, description="jobs of one tenant that have not ended")
+    tenant_bytes: int = Field(2 * 2**30, ge=1, description="bodies of one tenant's jobs that have not ended")
+    unrouted_jobs: int = Field(100_000, ge=1, description="jobs that wait for the router")
+
+
+class EgressSettings(_Group):
+    """Where the URLs in jobs (webhooks, images, audio, video) may lead."""
+
+    model_config = SettingsConfigDict(env_prefix="EGRESS_")
+
+    allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="hosts, addresses and networks that may be called though not public, comma separated"
+    )
+    media_domains: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="hosts that images, audio and video may come from, comma separated; unset = any"
+    )
+
+    _split = field_validator("allow", "media_domains", mode="before")(_split_at_commas)
+
+    @field_validator("allow")
+    @classmethod
+    def _can_be_read(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        Allowed.parse(value)
+        return value
+
+
+class WebhookSettings(_Group):
+    """Telling the address that a job names how it ended; off without a secret."""
+
+    model_config = SettingsConfigDict(env_prefix="WEBHOOK_")
+
+    secret: SecretStr | None = Field(None, description="whsec_ and 24 to 64 bytes in base64; unset = off")
+    timeout_s: Seconds = Field(15, description="for one call, from the name's resolution to the answer's status")
+    give_up_s: Seconds = Field(24 * 3600, description="calls are repeated, ever more seldom, for this long")
+    parallel: int = Field(32, ge=1, le=1024, description="calls at once")
+
+    @field_validator("secret")
+    @classmethod
+    def _is_a_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        try:
+            good = value is None or 24 <= len(key_of(value.get_secret_value())) <= 64  # noqa: PLR2004 - the standard's
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError("must be whsec_ and 24 to 64 bytes in base64; `openssl rand -base64 32` makes the latter")
+        return value
 
 
 class CloudSettings(_Group):
@@ -235,6 +295,9 @@ class Settings(BaseModel):
     worker: WorkerSettings
     switch: SwitchSettings
     job: JobSettings
+    limit: LimitSettings
+    egress: EgressSettings
+    webhook: WebhookSettings
     cloud: CloudSettings
     delivery: DeliverySettings
     routing: RoutingSettings
