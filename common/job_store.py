@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+from common.may_enter import Entry, Held
 from common.schemas import JobState, JobView, Outcome, Route, StreamEvent, utc_now
 
 
@@ -25,8 +26,12 @@ class JobStore(Protocol):
         """The job streams: from now on each attempt and the end are events of its stream."""
         ...
 
-    def note_routed(self, job_id: str, route: Route) -> None:
-        """The job is on its way to a model's queue."""
+    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | None:
+        """
+        The job is on its way to a model's queue, and holds what *entry* says until it ends.
+
+        Where its tenant has no room for that, nothing is noted, and what the tenant holds is given back.
+        """
         ...
 
     def begin(self, job_id: str, *, delivery: str) -> int | None:
@@ -54,8 +59,12 @@ class JobStore(Protocol):
         """The engine died or hung under the job; give how often by now."""
         ...
 
-    def finish(self, outcome: Outcome) -> Outcome:
-        """Store *outcome* unless there is one; give the outcome of record."""
+    def finish(self, outcome: Outcome, *, webhook: str | None = None) -> Outcome:
+        """
+        Store *outcome* unless there is one; give the outcome of record.
+
+        The job's webhook, or that of a job that was never routed, *webhook*, falls due: once.
+        """
         ...
 
     def outcome(self, job_id: str) -> Outcome | None:
@@ -86,6 +95,8 @@ class MemoryJobStore:
         self._faults: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._cancels: set[str] = set()
+        self._held: dict[str, Entry] = {}
+        self.webhooks: dict[str, str] = {}  # those that are owed
         self._streams: dict[str, list[StreamEvent]] = {}
         self._positions = 0  # of all streams' events: the number of the last
 
@@ -103,9 +114,16 @@ class MemoryJobStore:
         """Give the events of the job's stream."""
         return tuple(self._streams.get(job_id, ()))
 
-    def note_routed(self, job_id: str, route: Route) -> None:
+    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | None:
         """See JobStore."""
+        with self._lock:
+            if entry is not None and job_id not in self._held and job_id not in self._outcomes:
+                others = [other.bytes for other in self._held.values() if other.tenant == entry.tenant]
+                if len(others) + 1 > entry.max_jobs or sum(others) + entry.bytes > entry.max_bytes:
+                    return Held(jobs=len(others), bytes=sum(others))
+                self._held[job_id] = entry
         self._change(job_id, state=JobState.ROUTED, model=route.model, complexity=route.complexity, why=route.why)
+        return None
 
     def begin(self, job_id: str, *, delivery: str) -> int | None:
         """See JobStore."""
@@ -140,9 +158,12 @@ class MemoryJobStore:
             self._faults[job_id] = self._faults.get(job_id, 0) + 1
             return self._faults[job_id]
 
-    def finish(self, outcome: Outcome) -> Outcome:
+    def finish(self, outcome: Outcome, *, webhook: str | None = None) -> Outcome:
         """See JobStore."""
         with self._lock:
+            entry = self._held.pop(outcome.job_id, None)
+            if (url := (entry and entry.webhook) or webhook) is not None:
+                self.webhooks.setdefault(outcome.job_id, url)
             if outcome.job_id in self._streams and outcome.job_id not in self._outcomes:
                 self._add(outcome.job_id, kind="end", state=outcome.state)
             return self._outcomes.setdefault(outcome.job_id, outcome)
@@ -167,7 +188,8 @@ class MemoryJobStore:
     def _view(self, job_id: str) -> JobView:
         view = self._views.get(job_id, JobView(job_id=job_id, state=JobState.UNKNOWN))
         ended = self._outcomes.get(job_id)
-        return view if ended is None else view.model_copy(update={"state": ended.state})
+        webhook = "due" if job_id in self.webhooks else None
+        return view.model_copy(update={"state": ended.state if ended else view.state, "webhook": webhook})
 
     def _add(self, job_id: str, **fields: Any) -> None:
         self._positions += 1

@@ -12,6 +12,7 @@ from typing import Any
 
 from common import keys
 from common.errors import InvalidRequest, NotEndedYet
+from common.outcome_text import read_outcome
 from common.redis_client import RedisClient
 from common.schemas import Outcome, StreamEvent
 
@@ -94,7 +95,7 @@ class _Reading:
             self.ended = True
             yield StreamEvent(position=self.position, kind="end", state=self._outcome.state)
         elif outcome is not None:
-            self._outcome = Outcome.model_validate_json(outcome)
+            self._outcome = read_outcome(outcome)
             self._waiting_since = None
         else:
             self._go_on_waiting()

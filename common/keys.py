@@ -6,6 +6,7 @@ Celery's and kombu's own keys stand at the end, because the transport and the le
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Final
 
 # --- Tasks: the names a producer or an operator sends by -----------------------------------------------
@@ -46,6 +47,11 @@ def lists_of(queue: str) -> tuple[str, ...]:
     return tuple(f"{queue}{_PRIORITY_SEPARATOR}{step}" if step else queue for step in PRIORITY_STEPS)
 
 
+def list_of(queue: str, priority: int) -> str:
+    """The Redis list where *queue* keeps its messages of *priority*."""
+    return lists_of(queue)[bisect_right(PRIORITY_STEPS, priority) - 1]
+
+
 def queue_of(list_name: str) -> str:
     """The queue that the Redis list *list_name* is a part of."""
     return list_name.partition(_PRIORITY_SEPARATOR)[0]
@@ -59,13 +65,13 @@ _PREFIX: Final = "shiftworker:"
 def job(job_id: str) -> str:
     """
     Hash: state, end (set with the outcome), model, complexity, why, queued_at, attempts, faults, claim (a tag),
-    stream (set if the job streams).
+    stream (set if the job streams), webhook (how the call stands: due, delivered, or why it was given up).
     """
     return f"{_PREFIX}job:{job_id}"
 
 
 def outcome(job_id: str) -> str:
-    """String: the result of record, an Outcome as JSON. Written once (SET NX), kept until it expires."""
+    """String: the result of record, an Outcome as outcome_text.py writes it. Written once, kept until it expires."""
     return f"{_PREFIX}outcome:{job_id}"
 
 
@@ -82,6 +88,13 @@ def cancel(job_id: str) -> str:
     """String: "1" when somebody asked for the job to be cancelled; expires with the job."""
     return f"{_PREFIX}cancel:{job_id}"
 
+
+HELD: Final = f"{_PREFIX}held"  # hash: a routed job that has not ended -> tenant, bytes, webhook as JSON
+TENANTS: Final = f"{_PREFIX}tenants"  # hash: "jobs T", "bytes T", "ended T", "gap T" of each tenant T in `held`
+KEPT: Final = f"{_PREFIX}kept"  # sorted set: "<bytes> <state> <job id>" of each outcome, by the time of its end
+KEPT_BYTES: Final = f"{_PREFIX}kept-bytes"  # integer: the sum of those bytes
+WEBHOOKS: Final = f"{_PREFIX}webhooks"  # sorted set: job id of each webhook that is owed, by when the next call is due
+WEBHOOK_CALLS: Final = f"{_PREFIX}webhook-calls"  # hash: job id -> url, calls (how many), since, as JSON
 
 # --- Workers and hardware ------------------------------------------------------------------------------
 
@@ -124,6 +137,7 @@ def lease(owner: str) -> str:
     return f"{_PREFIX}lease:{owner}"
 
 
+CELERY_RESULT_PREFIX: Final = "celery-task-meta-"  # Celery's copy of each outcome, behind it the job's id
 UNACKED: Final = "unacked"  # kombu's hash: delivery tag -> [message, exchange, routing key]
 UNACKED_INDEX: Final = "unacked_index"  # kombu's sorted set: delivery tag -> time of delivery or renewal
 UNACKED_OWNER: Final = "unacked_owner"  # ours, hash: delivery tag -> owner

@@ -24,6 +24,28 @@ class Held:
     gap_s: float | None = None  # a moving mean of the time between the ends of two jobs; None = not measured
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a job holds from its routing to its end, and what its tenant may hold at most."""
+
+    tenant: str
+    bytes: int
+    webhook: str | None
+    max_jobs: int
+    max_bytes: int
+
+    @classmethod
+    def of(cls, request: JobRequest, limits: LimitSettings) -> Entry:
+        """Describe the job of *request*."""
+        return cls(
+            tenant=request.tenant,
+            bytes=request.size_bytes,
+            webhook=request.webhook,
+            max_jobs=limits.tenant_jobs,
+            max_bytes=limits.tenant_bytes,
+        )
+
+
 def check_body(request: JobRequest, limits: LimitSettings) -> None:
     """
     See that one job is no larger, and asks for no more, than is allowed.

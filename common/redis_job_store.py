@@ -10,6 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from common import keys
+from common.job_ends import FINISH, HOLD
+from common.may_enter import Entry, Held
+from common.outcome_text import pack, read_outcome
 from common.redis_client import RedisClient
 from common.schemas import JobState, JobView, Outcome, Route, utc_now
 
@@ -39,31 +42,37 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'kind', 'chunk', 'attem
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 """
 
-# KEYS: the outcome, the job's hash, its stream. ARGV: the outcome as JSON, its state, lifetime in seconds.
-# Returns the outcome of record.
-_FINISH = """
-local kept = redis.call('GET', KEYS[1])
-if kept then return kept end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-redis.call('HSET', KEYS[2], 'end', ARGV[2])
-redis.call('EXPIRE', KEYS[2], ARGV[3])
-if redis.call('HEXISTS', KEYS[2], 'stream') == 1 then
-  redis.call('XADD', KEYS[3], '*', 'kind', 'end', 'state', ARGV[2])
-  redis.call('EXPIRE', KEYS[3], ARGV[3])
+# KEYS: the job's hash, its outcome; held, tenants. ARGV: lifetime in seconds, the state to set, model, complexity, why;
+# the job's id, and its Entry: as JSON ('' = none), tenant, bytes, most jobs, most bytes.
+# Returns nothing, or what the tenant holds if it has no room for the job.
+_NOTE_ROUTED = (
+    HOLD
+    + """
+if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[2]) == 0 then
+  local full = hold(KEYS[3], KEYS[4], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11])
+  if full then return full end
 end
-return ARGV[1]
+redis.call('HSET', KEYS[1], 'state', ARGV[2], 'model', ARGV[3], 'complexity', ARGV[4], 'why', ARGV[5])
+redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
+)
 
 
 class RedisJobStore:
-    """What Redis remembers of jobs; forgotten *ttl_s* seconds after the last change."""
+    """
+    What Redis remembers of jobs; forgotten *ttl_s* seconds after the last change.
 
-    def __init__(self, client: RedisClient, *, ttl_s: float) -> None:
+    Whoever stores an outcome drops the oldest answers beyond *max_bytes*; None = drops none.
+    """
+
+    def __init__(self, client: RedisClient, *, ttl_s: float, max_bytes: int | None = None) -> None:
         self._redis = client
         self._ttl_s = int(ttl_s)
+        self._max_bytes = max_bytes
+        self._note_routed = client.register_script(_NOTE_ROUTED)
         self._begin = client.register_script(_BEGIN)
         self._add_chunk = client.register_script(_ADD_CHUNK)
-        self._finish = client.register_script(_FINISH)
+        self._finish = client.register_script(FINISH)
 
     def note_queued(self, job_id: str) -> None:
         """See JobStore."""
@@ -78,9 +87,19 @@ class RedisJobStore:
         """See JobStore."""
         self._change(job_id, stream="1")
 
-    def note_routed(self, job_id: str, route: Route) -> None:
+    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | None:
         """See JobStore."""
-        self._change(job_id, state=JobState.ROUTED, model=route.model, complexity=route.complexity, why=route.why)
+        held = [""] if entry is None else [
+            _held_text(entry), entry.tenant, entry.bytes, entry.max_jobs, entry.max_bytes
+        ]  # fmt: skip
+        full = self._note_routed(
+            keys=[keys.job(job_id), keys.outcome(job_id), keys.HELD, keys.TENANTS],
+            args=[self._ttl_s, JobState.ROUTED, route.model, route.complexity, route.why, job_id, *held],
+        )
+        if full is None:
+            return None
+        jobs, size, gap = full
+        return Held(jobs=int(jobs), bytes=int(size), gap_s=float(gap) if gap else None)
 
     def begin(self, job_id: str, *, delivery: str) -> int | None:
         """See JobStore."""
@@ -112,18 +131,27 @@ class RedisJobStore:
             pipe.expire(keys.job(job_id), self._ttl_s)
             return int(pipe.execute()[0])
 
-    def finish(self, outcome: Outcome) -> Outcome:
+    def finish(self, outcome: Outcome, *, webhook: str | None = None) -> Outcome:
         """See JobStore."""
+        job_id, plain = outcome.job_id, outcome.model_dump_json(exclude_none=True)
+        text = pack(plain)
+        size = len(text.encode()) + len(plain.encode())  # ours, and Celery's copy
         kept = self._finish(
-            keys=[keys.outcome(outcome.job_id), keys.job(outcome.job_id), keys.stream(outcome.job_id)],
-            args=[outcome.model_dump_json(exclude_none=True), outcome.state, self._ttl_s],
-        )
-        return Outcome.model_validate_json(kept)
+            keys=[
+                keys.outcome(job_id), keys.job(job_id), keys.stream(job_id), keys.HELD, keys.TENANTS, keys.KEPT,
+                keys.KEPT_BYTES, keys.WEBHOOKS, keys.WEBHOOK_CALLS,
+            ],
+            args=[
+                text, outcome.state, self._ttl_s, job_id, size, "" if self._max_bytes is None else self._max_bytes,
+                webhook or "",
+            ],
+        )  # fmt: skip
+        return outcome if kept == text else read_outcome(kept)
 
     def outcome(self, job_id: str) -> Outcome | None:
         """See JobStore."""
         stored = self._redis.get(keys.outcome(job_id))
-        return None if stored is None else Outcome.model_validate_json(stored)
+        return None if stored is None else read_outcome(stored)
 
     def view(self, job_id: str) -> JobView:
         """See JobStore."""
@@ -137,6 +165,7 @@ class RedisJobStore:
             why=found.get("why"),
             queued_at=datetime.fromtimestamp(float(queued_at), UTC) if queued_at else None,
             attempts=int(found.get("attempts", 0)),
+            webhook=found.get("webhook"),
         )
 
     def ask_cancel(self, job_id: str) -> None:
@@ -154,3 +183,9 @@ class RedisJobStore:
             pipe.hset(keys.job(job_id), mapping=fields)
             pipe.expire(keys.job(job_id), self._ttl_s)
             pipe.execute()
+
+
+def _held_text(entry: Entry) -> str:
+    """What `held` says of a job: read by the script that ends it."""
+    webhook = {} if entry.webhook is None else {"webhook": entry.webhook}
+    return json.dumps({"tenant": entry.tenant, "bytes": entry.bytes, **webhook}, ensure_ascii=False)

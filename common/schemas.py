@@ -250,7 +250,7 @@ class Outcome(_Stored):
     job_id: str
     state: Literal[JobState.ANSWERED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED]
     response: dict[str, Any] | None = Field(default=None, description="OpenAI's response; only if answered")
-    error: ErrorBody | None = Field(default=None, description="only if not answered")
+    error: ErrorBody | None = Field(default=None, description="only if not answered, or the answer was dropped")
     ledger: Ledger = Ledger()
 
     @property
@@ -299,6 +299,7 @@ class JobView(_Stored):
     why: str | None = None
     queued_at: AwareDatetime | None = None
     attempts: int = 0
+    webhook: str | None = Field(default=None, description='"due", "delivered", or why it was given up; None = none')
 
 
 # --- What a worker offers ------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ class ResidentStatus(_Stored):
     """A model that is on the machine now."""
 
     model: str
-    level: str = Field(description="starting, ready or stopping")
+    level: str = Field(description="starting, ready, asleep_1, asleep_2 or stopping")
     bytes: int | None
     in_flight: int
     since: AwareDatetime
@@ -392,7 +393,7 @@ class SwitchRecord(_Stored):
     attempts: int
     reason: str
     at: AwareDatetime
-    level: str = Field(default="cold", description="from where the model was made ready: cold = its files")
+    level: str = Field(default="cold", description="from where it was made ready: cold, spare, asleep_1 or asleep_2")
     load_bytes: int | None = Field(default=None, description="of weights that were loaded, on all cards together")
 
 
@@ -401,7 +402,7 @@ class SwitchTime(_Stored):
 
     from_model: str | None
     to_model: str
-    level: str = Field(description="from where the model is made ready: cold = its files")
+    level: str = Field(description="from where it is made ready: cold, spare, asleep_1 or asleep_2")
     mean_s: float = Field(description="a moving mean: the newest counts most")
     last_s: float
     load_s: float = Field(description="the part of mean_s in the stage loading")
