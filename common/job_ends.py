@@ -1,8 +1,9 @@
 """
-What the script that stores an outcome does besides, in Lua: shares go back, webhooks fall due, old answers go.
+What a job holds from its routing to its end, and all that its end does, as Lua for the scripts that route and end.
 
-Everything here runs inside that one script (see redis_job_store.py), so it happens exactly once for each job and
-together with its end, whatever dies; and it costs no round trip.
+At the end the outcome is stored, the tenant gets its share back, the webhook falls due, and answers beyond the limit
+go: in one script with whatever else the caller does there, so exactly once for each job, whatever dies, and without
+a round trip of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Final
 
 from common import keys
 from common.errors import AnswerDropped
-from common.schemas import ErrorBody, JobState
+from common.may_enter import Entry
+from common.outcome_text import pack
+from common.schemas import ErrorBody, JobState, Outcome
 
 _DROPPED = AnswerDropped(
     "The job was answered. Its answer is no longer kept: newer ones needed the room (JOB_RESULT_MAX_BYTES). Fetch "
@@ -109,33 +112,59 @@ end
 """
 )
 
-# KEYS: the outcome, the job's hash, its stream; held, tenants, kept, kept_bytes, webhooks, webhook_calls.
-# ARGV: the outcome as text, its state, lifetime in seconds, the job's id, bytes it takes, bytes that may be kept
-# ('' = any), the webhook ('' = the one that the job came with).
-# Returns the outcome of record. A webhook falls due once, however often the end is told.
-FINISH: Final = (
+# End a job. KEYS begins with `end_keys`, ARGV with `end_args`. Gives the outcome of record if there was one already;
+# then nothing has happened, but that a webhook which nobody knew of falls due: once, however often the end is told.
+END: Final = (
     _LET_GO
     + _KEEP
     + """
-local kept, url = redis.call('GET', KEYS[1]), ARGV[7]
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1000000
-if not kept then
-  redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-  redis.call('HSET', KEYS[2], 'end', ARGV[2])
-  redis.call('EXPIRE', KEYS[2], ARGV[3])
-  if redis.call('HEXISTS', KEYS[2], 'stream') == 1 then
-    redis.call('XADD', KEYS[3], '*', 'kind', 'end', 'state', ARGV[2])
-    redis.call('EXPIRE', KEYS[3], ARGV[3])
+local function end_job()
+  local id, text, state, ttl, size, max, url = unpack(ARGV, 1, 7)
+  local stored = redis.call('GET', KEYS[1])
+  local time = redis.call('TIME')
+  local now = time[1] + time[2] / 1000000
+  if not stored then
+    redis.call('SET', KEYS[1], text, 'EX', ttl)
+    redis.call('HSET', KEYS[2], 'end', state)
+    redis.call('EXPIRE', KEYS[2], ttl)
+    if redis.call('HEXISTS', KEYS[2], 'stream') == 1 then
+      redis.call('XADD', KEYS[3], '*', 'kind', 'end', 'state', state)
+      redis.call('EXPIRE', KEYS[3], ttl)
+    end
+    url = let_go(KEYS[4], KEYS[5], id, now) or url
+    keep(KEYS[6], KEYS[7], id, state, size, max, ttl, now)
   end
-  url = let_go(KEYS[4], KEYS[5], ARGV[4], now) or url
-  keep(KEYS[6], KEYS[7], ARGV[4], ARGV[2], ARGV[5], ARGV[6], ARGV[3], now)
+  if url ~= '' and redis.call('HSETNX', KEYS[2], 'webhook', 'due') == 1 then
+    redis.call('EXPIRE', KEYS[2], ttl)
+    redis.call('ZADD', KEYS[8], now, id)
+    redis.call('HSET', KEYS[9], id, cjson.encode({url = url, calls = 0, since = now}))
+  end
+  return stored
 end
-if url ~= '' and redis.call('HSETNX', KEYS[2], 'webhook', 'due') == 1 then
-  redis.call('EXPIRE', KEYS[2], ARGV[3])
-  redis.call('ZADD', KEYS[8], now, ARGV[4])
-  redis.call('HSET', KEYS[9], ARGV[4], cjson.encode({url = url, calls = 0, since = now}))
-end
-return kept or ARGV[1]
 """
 )
+
+
+def hold_args(entry: Entry | None) -> list[str | int]:
+    """Arguments of `hold` from *entry* on: what the job holds as JSON ("" = nothing), and what its tenant may hold."""
+    if entry is None:
+        return ["", "", 0, 0, 0]
+    webhook = {} if entry.webhook is None else {"webhook": entry.webhook}
+    text = json.dumps({"tenant": entry.tenant, "bytes": entry.bytes, **webhook}, ensure_ascii=False)
+    return [text, entry.tenant, entry.bytes, entry.max_jobs, entry.max_bytes]
+
+
+def end_keys(job_id: str) -> list[str]:
+    """The keys that a script with `end_job` begins with."""
+    return [
+        keys.outcome(job_id), keys.job(job_id), keys.stream(job_id), keys.HELD, keys.TENANTS, keys.KEPT,
+        keys.KEPT_BYTES, keys.WEBHOOKS, keys.WEBHOOK_CALLS,
+    ]  # fmt: skip
+
+
+def end_args(outcome: Outcome, *, ttl_s: int, max_bytes: int | None, webhook: str | None = None) -> list[str | int]:
+    """The arguments that a script with `end_job` begins with; *webhook* is that of a job which was never routed."""
+    plain = outcome.model_dump_json(exclude_none=True)
+    text = pack(plain)
+    size = len(text.encode()) + len(plain.encode())  # ours, and Celery's copy
+    return [outcome.job_id, text, outcome.state, ttl_s, size, "" if max_bytes is None else max_bytes, webhook or ""]

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from common import keys
-from common.job_ends import FINISH, HOLD
+from common.job_ends import END, HOLD, end_args, end_keys, hold_args
 from common.may_enter import Entry, Held
-from common.outcome_text import pack, read_outcome
+from common.outcome_text import read_outcome
 from common.redis_client import RedisClient
 from common.schemas import JobState, JobView, Outcome, Route, utc_now
 
@@ -42,8 +42,10 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'kind', 'chunk', 'attem
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 """
 
-# KEYS: the job's hash, its outcome; held, tenants. ARGV: lifetime in seconds, the state to set, model, complexity, why;
-# the job's id, and its Entry: as JSON ('' = none), tenant, bytes, most jobs, most bytes.
+_FINISH = END + "return end_job()"
+
+# KEYS: the job's hash, its outcome; held, tenants. ARGV: lifetime in seconds, the state to set, model, complexity, why,
+# the job's id, then `hold_args`.
 # Returns nothing, or what the tenant holds if it has no room for the job.
 _NOTE_ROUTED = (
     HOLD
@@ -72,7 +74,7 @@ class RedisJobStore:
         self._note_routed = client.register_script(_NOTE_ROUTED)
         self._begin = client.register_script(_BEGIN)
         self._add_chunk = client.register_script(_ADD_CHUNK)
-        self._finish = client.register_script(FINISH)
+        self._finish = client.register_script(_FINISH)
 
     def note_queued(self, job_id: str) -> None:
         """See JobStore."""
@@ -89,12 +91,9 @@ class RedisJobStore:
 
     def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | None:
         """See JobStore."""
-        held = [""] if entry is None else [
-            _held_text(entry), entry.tenant, entry.bytes, entry.max_jobs, entry.max_bytes
-        ]  # fmt: skip
         full = self._note_routed(
             keys=[keys.job(job_id), keys.outcome(job_id), keys.HELD, keys.TENANTS],
-            args=[self._ttl_s, JobState.ROUTED, route.model, route.complexity, route.why, job_id, *held],
+            args=[self._ttl_s, JobState.ROUTED, route.model, route.complexity, route.why, job_id, *hold_args(entry)],
         )
         if full is None:
             return None
@@ -133,20 +132,9 @@ class RedisJobStore:
 
     def finish(self, outcome: Outcome, *, webhook: str | None = None) -> Outcome:
         """See JobStore."""
-        job_id, plain = outcome.job_id, outcome.model_dump_json(exclude_none=True)
-        text = pack(plain)
-        size = len(text.encode()) + len(plain.encode())  # ours, and Celery's copy
-        kept = self._finish(
-            keys=[
-                keys.outcome(job_id), keys.job(job_id), keys.stream(job_id), keys.HELD, keys.TENANTS, keys.KEPT,
-                keys.KEPT_BYTES, keys.WEBHOOKS, keys.WEBHOOK_CALLS,
-            ],
-            args=[
-                text, outcome.state, self._ttl_s, job_id, size, "" if self._max_bytes is None else self._max_bytes,
-                webhook or "",
-            ],
-        )  # fmt: skip
-        return outcome if kept == text else read_outcome(kept)
+        args = end_args(outcome, ttl_s=self._ttl_s, max_bytes=self._max_bytes, webhook=webhook)
+        stored = self._finish(keys=end_keys(outcome.job_id), args=args)
+        return outcome if stored is None else read_outcome(stored)
 
     def outcome(self, job_id: str) -> Outcome | None:
         """See JobStore."""
@@ -183,9 +171,3 @@ class RedisJobStore:
             pipe.hset(keys.job(job_id), mapping=fields)
             pipe.expire(keys.job(job_id), self._ttl_s)
             pipe.execute()
-
-
-def _held_text(entry: Entry) -> str:
-    """What `held` says of a job: read by the script that ends it."""
-    webhook = {} if entry.webhook is None else {"webhook": entry.webhook}
-    return json.dumps({"tenant": entry.tenant, "bytes": entry.bytes, **webhook}, ensure_ascii=False)
