@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Final
 
+_PREFIX: Final = "shiftworker:"  # of every key that is ours alone
+
 # --- Tasks: the names a producer or an operator sends by -----------------------------------------------
 
 SUBMIT_TASK: Final = "shiftworker.submit"
@@ -19,6 +21,7 @@ SWITCH_TASK: Final = "shiftworker.switch"
 
 SUBMIT_QUEUE: Final = "shiftworker"  # where producers put jobs; the router reads it
 MODEL_QUEUE_PREFIX: Final = "model."
+CLOUD_QUEUE_PREFIX: Final = "cloud."
 
 
 def model_queue(model_id: str) -> str:
@@ -28,7 +31,7 @@ def model_queue(model_id: str) -> str:
 
 def cloud_queue(model_id: str) -> str:
     """The queue of jobs of one model that the cloud endpoint answers; consumed while the model cannot be loaded."""
-    return f"cloud.{model_id}"
+    return f"{CLOUD_QUEUE_PREFIX}{model_id}"
 
 
 def control_queue(worker: str) -> str:
@@ -57,9 +60,27 @@ def queue_of(list_name: str) -> str:
     return list_name.partition(_PRIORITY_SEPARATOR)[0]
 
 
-# --- Jobs ----------------------------------------------------------------------------------------------
+def has_backlog(queue: str) -> bool:
+    """Do the messages of *queue* wait in a backlog, and not in lists?"""
+    return queue.startswith((MODEL_QUEUE_PREFIX, CLOUD_QUEUE_PREFIX))
 
-_PREFIX: Final = "shiftworker:"
+
+def backlog(queue: str) -> str:
+    """Prefix of what makes up the backlog of *queue*; common/backlog_scripts.py says what lies under each name."""
+    return f"{_PREFIX}backlog:{queue}"
+
+
+def backlog_order(queue: str) -> str:
+    """Sorted set: the jobs that wait in *queue*, in the order in which they are served."""
+    return f"{backlog(queue)}:order"
+
+
+def backlog_messages(queue: str) -> str:
+    """Hash: job id -> its message."""
+    return f"{backlog(queue)}:messages"
+
+
+# --- Jobs ----------------------------------------------------------------------------------------------
 
 
 def job(job_id: str) -> str:
