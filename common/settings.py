@@ -101,6 +101,9 @@ class WorkerSettings(_Group):
     stub_engine: bool = Field(False, description="answer every job with a stand-in, for trying things out")
     stub_load_s: float = Field(0.2, ge=0, description="how long the stand-in takes to load")
     stub_run_s: float = Field(0.05, ge=0, description="how long the stand-in takes for a job")
+    stub_wake_s: float | None = Field(
+        None, ge=0, description="how long the stand-in takes to wake on a card; unset = it cannot sleep"
+    )
     run_dir: Path | None = Field(None, description="private folder for sockets and logs; unset = a temporary one")
     soft_shutdown_s: Seconds = Field(30, description="after SIGTERM, running jobs may take this long")
 
@@ -116,6 +119,7 @@ class SwitchSettings(_Group):
     max_wait_s: Seconds = Field(600, description="a job that waits longer gets its model's turn")
     min_turn_s: Seconds = Field(30, description="a model with waiting jobs stays at least this long")
     max_residents: int = Field(1, ge=1, description="models ready side by side, when they fit")
+    max_asleep: int = Field(2, ge=0, description="models that sleep beside those instead of ending; 0 = none")
     max_temperature_c: float = Field(85, gt=0, description="no load on a card hotter than this")
     max_power_share: float = Field(0.95, gt=0, le=1.5, description="no load on a card above this share of its limit")
     quarantine_s: Seconds = Field(60, description="first pause after a model failed to load; doubles")

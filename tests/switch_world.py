@@ -19,7 +19,8 @@ from worker.hardware.gpu import Machine
 from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
-from worker.residency.switcher import Switcher, SwitchLimits
+from worker.residency.parts import SwitchLimits
+from worker.residency.switcher import Switcher
 from worker.selection.placement import Placement
 from worker.state.residency import Level, Residency
 

@@ -28,7 +28,7 @@ from common.logs import get_logger
 from common.redis_client import RedisClient, connect, wait_until_there
 from common.redis_job_store import RedisJobStore
 from common.schemas import OfferedModel, utc_now
-from common.settings import CloudSettings, Settings
+from common.settings import CloudSettings, Settings, WorkerSettings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess, show_in_flower
 from worker.catalog.catalogue import Catalogue
@@ -57,7 +57,9 @@ from worker.residency.check import LoadLimits
 from worker.residency.history import SwitchHistory
 from worker.residency.may_leave import Cloud
 from worker.residency.page_cache import PageCache
-from worker.residency.switcher import Switcher, SwitchLimits
+from worker.residency.parts import SwitchLimits
+from worker.residency.switcher import Switcher
+from worker.routing.gate import Gate
 from worker.routing.merge import merge_offers
 from worker.routing.router import Router
 from worker.routing.rules_file import load_rules
@@ -74,6 +76,7 @@ from worker.selection.placement import Placement
 from worker.tasks import add_generate_task, add_submit_task, add_switch_task
 from worker.telemetry.redis_measured import RedisMeasurements
 from worker.telemetry.redis_status import RedisStatus
+from worker.state.residency import Level
 from worker.telemetry.redis_switch_times import RedisSwitchTimes
 from worker.world import WorkerWorld
 
@@ -192,9 +195,15 @@ def _overrides(settings: Settings, model: str | ModelSpec | None) -> Overrides:
     )
 
 
+        asleep=_asleep(settings),
 def _vllm_version(settings: Settings) -> str | None:
     try:
         return find_version(find_python(settings.vllm))
+def _asleep(settings: Settings) -> int:
+    """How many models of vLLM may sleep; its own server puts none to sleep."""
+    return settings.switch.max_asleep if settings.vllm.channel == "host" else 0
+
+
     except EngineMissing:
         return None
 
@@ -221,8 +230,9 @@ def run_router(settings: Settings) -> int:
     owner = _owner(name)
     client, patient = _redis(settings)
     app = create_app(settings, owner=owner)
-    store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
-    router = Router(store=store, offers=lambda: _offered(client), rules=rules)
+    store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
+    gate = Gate(limits=settings.limit, egress=settings.egress, webhooks=settings.webhook.secret is not None)
+    router = Router(store=store, offers=lambda: _offered(client), rules=rules, gate=gate)
     add_submit_task(app, router, store)
     process = ConsumerProcess(
         app=app,
@@ -294,7 +304,7 @@ class _Worker:
             times=switch_times.read(),
             keep_time=switch_times.save,
         )
-        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
+        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
         self._stand_in = _stand_in(settings.cloud)
         cloud_lane = CloudLane(
             queues=RedisCloud(client, tuple(placements)),
@@ -316,6 +326,7 @@ class _Worker:
             placements=placements,
             engines=engines,
             machine=found.detected.reader,
+        queues = RedisQueues(client, list(placements))
             limits=_switch_limits(settings),
             fetch=fetch_files,
             hand_back=runner.hand_back,
@@ -327,6 +338,8 @@ class _Worker:
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()
+            times=history.times,
+            backlog=queues.backlog,
         self._world = WorkerWorld(
             name=self._name,
             placements=choice.placements,
@@ -334,7 +347,7 @@ class _Worker:
             board=board,
             switcher=self._switcher,
             history=history,
-            queues=RedisQueues(client, list(placements)),
+            queues=queues,
             reroute=reroute,
             page_cache=self._page_cache,
             consumer=consumer,
@@ -416,7 +429,7 @@ def build_engines(settings: Settings, kinds: set[EngineKind], run_dir: Path) -> 
         EngineKind.LLAMACPP: lambda: LlamaCppEngine(
             run_dir=run_dir, files_of=resolve_files, server=find_server(settings.llamacpp)
         ),
-        EngineKind.STUB: lambda: StubEngine(load_s=settings.worker.stub_load_s, run_s=settings.worker.stub_run_s),
+        EngineKind.STUB: lambda: _stub(settings.worker),
     }
     return {kind: build[kind]() for kind in kinds}
 
@@ -426,7 +439,15 @@ def _vllm(settings: Settings, run_dir: Path) -> Engine:
     server = VllmServerEngine(run_dir=run_dir, files_of=resolve_files, python=python)
     if settings.vllm.channel == "server":
         return server
-    return VllmHostEngine(run_dir=run_dir, files_of=resolve_files, python=python, several_cards=server)
+    return VllmHostEngine(
+        run_dir=run_dir, files_of=resolve_files, python=python, several_cards=server, sleeps=_asleep(settings) > 0
+    )
+
+
+def _stub(worker: WorkerSettings) -> Engine:
+    wake_s = worker.stub_wake_s
+    levels = () if wake_s is None else (Level.ASLEEP_1, Level.ASLEEP_2)
+    return StubEngine(load_s=worker.stub_load_s, run_s=worker.stub_run_s, wake_s=dict.fromkeys(levels, wake_s or 0.0))
 
 
 def _stand_in(settings: CloudSettings) -> StandIn | None:
@@ -492,6 +513,7 @@ def _switch_limits(settings: Settings) -> SwitchLimits:
 
 
 def worker_name(settings: Settings) -> str:
+        asleep=switch.max_asleep,
     """What this worker is called in Redis and in `shiftworker status`."""
     return settings.worker.name or gethostname().split(".")[0]
 

@@ -21,7 +21,8 @@ from worker.residency.history import SwitchHistory
 from worker.residency.page_cache import PageCache
 from worker.residency.plan import fitting_beside
 from worker.residency.prefetch import choose_prefetch
-from worker.residency.switcher import Switcher, needs_of
+from worker.residency.run import needs_of
+from worker.residency.switcher import Switcher
 from worker.scheduling.celery_consumer import CeleryConsumer
 from worker.scheduling.pick import Turn
 from worker.scheduling.redis_queues import RedisQueues
@@ -92,7 +93,10 @@ class WorkerWorld:
         self._switcher.note_deaths()
         residency = self._board.read()
         now_ready = next(iter(residency.ready_models), None)
-        expected = {p.model_id: self._history.expected_switch_s(now_ready, p.model_id) for p in self._placements}
+        expected = {
+            model_id: self._history.expected_switch_s(now_ready, model_id, level=self._switcher.level(model_id))
+            for model_id in self._needs
+        }
         return replace(
             residency,
             switch_s={model: seconds for model, seconds in expected.items() if seconds is not None},

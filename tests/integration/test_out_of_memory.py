@@ -22,7 +22,8 @@ from worker.hardware.stub import NoGpuReader
 from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
-from worker.residency.switcher import Switcher, SwitchLimits
+from worker.residency.parts import SwitchLimits
+from worker.residency.switcher import Switcher
 from worker.selection.placement import Placement
 
 MIB = 2**20

@@ -23,7 +23,8 @@ from worker.hardware.detect import open_reader
 from worker.hardware.gpu import MachineReader
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
-from worker.residency.switcher import Switcher, SwitchLimits
+from worker.residency.parts import SwitchLimits
+from worker.residency.switcher import Switcher
 from worker.residency.verify import verify
 from worker.selection.overrides import Overrides
 from worker.selection.place import place_model

@@ -23,7 +23,15 @@ from typing import Any, ClassVar
 import psutil
 
 import worker
-from common.errors import EngineDied, EngineNotReady, EngineTimeout, LoadFailed, OutOfMemory
+from common.errors import (
+    EngineDied,
+    EngineFailed,
+    EngineNotReady,
+    EngineTimeout,
+    LoadFailed,
+    OutOfMemory,
+    ShiftworkerError,
+)
 from worker.catalog.spec import EngineKind
 from worker.engines.assemble import complete, join
 from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, Loaded, OnChunk, StopSignal
@@ -31,11 +39,13 @@ from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 from worker.engines.environment import engine_environment
 from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory
 from worker.engines.interpret import completion_of, interpret, read_chunk
+from worker.engines.may_sleep import may_sleep
 from worker.engines.measure import read_vllm
 from worker.engines.process import EngineProcess, Launch
 from worker.engines.server_engine import END_S, FilesOf
 from worker.engines.vllm_server import command, environment
 from worker.selection.placement import Placement
+from worker.state.residency import Level
 
 PING_S = 30.0  # an engine that does not come by for so long hangs; one step on a slow CPU takes a few seconds
 RESPAWN_PAUSE_S = 5.0  # after the host ended by itself, perhaps because it cannot import vLLM
@@ -43,6 +53,7 @@ POLL_S = 0.02
 LOG_BYTES = 1024 * 1024
 RECEIVE_BYTES = 256 * 1024
 LAST_EVENT = b"[DONE]"
+_VLLM_LEVELS = {Level.ASLEEP_1: b"1", Level.ASLEEP_2: b"2"}
 
 
 class VllmHostEngine:
@@ -67,18 +78,28 @@ class VllmHostEngine:
         Runs what needs more than one card: vLLM then has processes of its own for each.
     cpu_count
         Cores that a model on the CPU may use.
+    sleeps
+        May models on a card sleep, where vLLM's sleep is known to keep their answers right?
     """
 
     kind: ClassVar[EngineKind] = EngineKind.VLLM
 
     def __init__(
-        self, *, run_dir: Path, files_of: FilesOf, python: Path, several_cards: Engine, cpu_count: int | None = None
+        self,
+        *,
+        run_dir: Path,
+        files_of: FilesOf,
+        python: Path,
+        several_cards: Engine,
+        cpu_count: int | None = None,
+        sleeps: bool = False,
     ) -> None:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._run_dir = run_dir.absolute()
         self._files_of = files_of
         self._several_cards = several_cards
         self._cpu_count = cpu_count or os.cpu_count() or 1
+        self._sleeps = sleeps
         self._engines: dict[str, _HostedEngine] = {}
         self._locks: dict[str, threading.Lock] = {}  # one per model: a start and a stop never interleave
         self._closed = threading.Event()
@@ -97,11 +118,17 @@ class VllmHostEngine:
             engine = self._engines.get(model_id)
             if engine is not None and engine.ready and engine.answers(within_s=min(PING_S, timeout_s / 3)):
                 return engine.loaded(seconds=0.0)
+            if engine is not None and engine.asleep is not None and engine.placement == placement:
+                return self._wake(engine, began, timeout_s)
             self._end(model_id, timeout_s=END_S)
 
             files = self._files_of(placement.spec)
-            engine = self._engines[model_id] = _HostedEngine(model_id, log=self._run_dir / f"{model_id}.log")
+            log = self._run_dir / f"{model_id}.log"
+            engine = self._engines[model_id] = _HostedEngine(placement, log=log)
             line = command(placement, python=self._python, model=files, socket=Path())
+            if self.sleep_levels(placement):
+                line += ["--enable-sleep-mode"]
+            level = self.standby
             try:
                 engine.start(
                     *self._connect(engine, deadline),
@@ -112,7 +139,34 @@ class VllmHostEngine:
             except BaseException:
                 self._end(model_id, timeout_s=END_S)
                 raise
-            return engine.loaded(seconds=time.monotonic() - began)
+            return engine.loaded(seconds=time.monotonic() - began, level=level)
+
+    @property
+    def standby(self) -> Level:
+        """The host, once it has vLLM imported; see `Engine`."""
+        return Level.SPARE if self._host.ready and not self._host.wait_gone(timeout_s=0.0) else Level.COLD
+
+    def standby_bytes(self) -> int:
+        """What the host holds itself, which stands ready also when no model is loaded; see `Engine`."""
+        return self._host.own_bytes() or 0
+
+    def sleep_levels(self, placement: Placement) -> tuple[Level, ...]:
+        """None on the CPU, over several cards, or unless it is turned on; see `Engine` and `may_sleep`."""
+        return may_sleep(placement) if self._sleeps else ()
+
+    def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:
+        """Give back the card's memory; see `Engine`."""
+        with self._lock(model_id, timeout_s):
+            engine = self._engines.get(model_id)
+            if engine is None or self.state(model_id) not in (EngineState.READY, EngineState.ASLEEP):
+                raise EngineFailed(f"{model_id} is {self.state(model_id)} and cannot fall asleep.")
+            if engine.asleep is level:
+                return
+            try:
+                engine.fall_asleep(level, timeout_s=timeout_s)
+            except ShiftworkerError:
+                self._end(model_id, timeout_s=END_S)
+                raise
 
     def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
         """End the model's process tree; see `Engine`."""
@@ -130,9 +184,11 @@ class VllmHostEngine:
             return self._several_cards.state(model_id)
         if engine.asked_to_stop:
             return EngineState.STOPPED
-        if not engine.ready:
+        if not engine.ready and engine.asleep is None:
             return EngineState.STARTING
-        return EngineState.DEAD if engine.ended else EngineState.READY
+        if engine.ended:
+            return EngineState.DEAD
+        return EngineState.READY if engine.ready else EngineState.ASLEEP
 
     def generate(self, model_id: str, call: Call, stop: StopSignal) -> Completion:
         """Answer one request; see `Engine`."""
@@ -143,10 +199,6 @@ class VllmHostEngine:
             raise EngineNotReady(f"{model_id} is {self.state(model_id)} on this worker; the job waits for its turn.")
         return engine.generate(call, stop)
 
-    def spare_bytes(self) -> int | None:
-        """Resident bytes of the host itself, which stands ready also when no model is loaded; None without one."""
-        return self._host.own_bytes()
-
     def close(self) -> None:
         """Stop every model and the host; see `Engine`."""
         with self._host_lock:
@@ -155,6 +207,17 @@ class VllmHostEngine:
             self.ensure_stopped(model_id, timeout_s=END_S)
         self._host.stop(timeout_s=END_S)
         self._several_cards.close()
+
+    def _wake(self, engine: _HostedEngine, began: float, timeout_s: float) -> Loaded:
+        """Have it answer again; one that does not wake up is ended."""
+        assert engine.asleep is not None  # noqa: S101 - the caller has looked
+        level = engine.asleep
+        try:
+            engine.wake(timeout_s=timeout_s)
+        except ShiftworkerError as error:
+            self._end(engine.name, timeout_s=END_S)
+            raise LoadFailed(f"{engine.name} did not wake up from {level}: {error.message}") from error
+        return engine.loaded(seconds=time.monotonic() - began, level=level)
 
     def _connect(self, engine: _HostedEngine, deadline: float) -> tuple[socket.socket, Path]:
         """Give a connection for *engine* and a folder for its files, waiting until the host has imported vLLM."""
@@ -251,10 +314,12 @@ class _Host(EngineProcess):
 class _HostedEngine:
     """One engine as the worker sees it: a connection, and the process behind it."""
 
-    def __init__(self, name: str, *, log: Path) -> None:
-        self.name = name
+    def __init__(self, placement: Placement, *, log: Path) -> None:
+        self.name = placement.model_id
+        self.placement = placement
         self.log = log
         self.ready = False
+        self.asleep: Level | None = None
         self.ended = False
         self._kill_asked = threading.Event()
         self._folder: Path | None = None
@@ -340,11 +405,40 @@ class _HostedEngine:
             return completion_of(stream.whole(), run_s=run_s)
         return interpret(status=int(status), content=content, run_s=run_s)
 
-    def loaded(self, *, seconds: float) -> Loaded:
+    def fall_asleep(self, level: Level, *, timeout_s: float) -> None:
+        """Give back its card's memory; from then on it is not ready. Raises EngineFailed."""
+        self.ready = False
+        self._order(Kind.SLEEP, level, timeout_s=timeout_s)
+        self.asleep = level
+
+    def wake(self, *, timeout_s: float) -> None:
+        """Answer again; raises EngineFailed."""
+        assert self.asleep is not None  # noqa: S101 - the caller has looked
+        level, self.asleep = self.asleep, None
+        self._order(Kind.WAKE, level, timeout_s=timeout_s)
+        self.ready = True
+
+    def _order(self, kind: Kind, level: Level, *, timeout_s: float) -> None:
+        """Have the engine do it within *timeout_s*; raises EngineFailed, with what vLLM says."""
+        number, answer = self._send(kind, _VLLM_LEVELS[level])
+        try:
+            status, _, said = answer.result(timeout_s).partition(b"\n")
+        except (TimeoutError, EngineDied) as error:
+            why = (
+                f"it did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else "its process ended"
+            )
+            raise EngineFailed(f"{self.name}, {kind.name.lower()} ({level}): {why}; its log: {self.log}.") from error
+        finally:
+            self._waiting.pop(number, None)
+        if status != b"200":
+            raise EngineFailed(f"{self.name}, {kind.name.lower()} ({level}): vLLM says {said.decode(errors='replace')}")
+
+    def loaded(self, *, seconds: float, level: Level = Level.COLD) -> Loaded:
         """Say what the load measured."""
         tree = self._tree()
         return Loaded(
             seconds=seconds,
+            level=level,
             pids=tuple(process.pid for process in tree),
             rss_bytes=_private_bytes(tree),
             measured=read_vllm(self._log_text()),

@@ -97,6 +97,15 @@ class ResidencyBoard:
         """What of the memory of models that ended is not back."""
         self._set(unfreed=unfreed)
 
+    def ban(self, model_id: str, level: Level, reason: str) -> None:
+        """*model_id* sleeps at *level* no more."""
+        with self._changed:
+            self._set(banned={**self._residency.banned, (model_id, level): reason})
+
+    def standby(self, size: int) -> None:
+        """A process that stands ready for any model takes so many bytes of the host."""
+        self._set(standby_bytes=size)
+
     def _set(self, **fields: object) -> None:
         with self._changed:
             self._residency = replace(self._residency, **fields)  # type: ignore[arg-type]  # its own field names

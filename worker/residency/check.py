@@ -20,9 +20,13 @@ class LoadLimits:
     max_power_share: float  # of the card's own power limit
 
 
-def check_load(machine: Machine, placement: Placement, limits: LoadLimits) -> tuple[str, ...]:
-    """Say what speaks against loading *placement* now: what the cards show, then the memory; empty = go ahead."""
-    return (*check_cards(machine, placement, limits), *check_memory(machine, placement))
+def check_load(machine: Machine, placement: Placement, limits: LoadLimits, *, held: int = 0) -> tuple[str, ...]:
+    """
+    Say what speaks against loading *placement* now: what the cards show, then the memory; empty = go ahead.
+
+    *held* is what it has of each of its cards already, asleep.
+    """
+    return (*check_cards(machine, placement, limits), *check_memory(machine, placement, held=held))
 
 
 def check_cards(machine: Machine, placement: Placement, limits: LoadLimits) -> tuple[str, ...]:
@@ -41,7 +45,7 @@ def check_cards(machine: Machine, placement: Placement, limits: LoadLimits) -> t
     )
 
 
-def check_memory(machine: Machine, placement: Placement) -> tuple[str, ...]:
+def check_memory(machine: Machine, placement: Placement, *, held: int = 0) -> tuple[str, ...]:
     """Say where *placement* finds too little free memory: on its cards, or on the host if it has none."""
     if not placement.gpus:
         return _short_of(placement, machine.ram_available_bytes, "the host")
@@ -49,7 +53,7 @@ def check_memory(machine: Machine, placement: Placement) -> tuple[str, ...]:
         problem
         for gpu in machine.gpus
         if gpu.index in placement.gpus and gpu.free_bytes is not None
-        for problem in _short_of(placement, gpu.free_bytes, f"card {gpu.index}")
+        for problem in _short_of(placement, gpu.free_bytes + held, f"card {gpu.index}")
     )
 
 

@@ -1,5 +1,5 @@
 """
-Has the memory of an engine that ended come back? Pure: what the cards must show, and what they lack.
+Has the memory of an engine that ended, or fell asleep, come back? Pure: what the cards must show, and what they lack.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class Owed:
     free: Mapping[int, int] = field(default_factory=dict)  # card -> bytes that are free at least
 
 
-def taken_by(before: Machine, after: Machine, cards: Collection[int]) -> Mapping[int, int]:
-    """Bytes that went from each of *cards* between two looks; a card whose driver does not say is left out."""
+def shifted(held: Held, before: Machine, after: Machine, cards: Collection[int]) -> Held:
+    """Say what is held of *cards* after what happened between two looks: a load, a wake, falling asleep."""
     was, now = _free(before, cards), _free(after, cards)
-    return {card: max(0, was[card] - now[card]) for card in was.keys() & now.keys()}
+    changes = {card: held.taken.get(card, 0) + was[card] - now[card] for card in was.keys() & now.keys()}
+    return Held(pids=held.pids, taken={card: max(0, size) for card, size in changes.items()})
 
 
 def owed_after_stop(model_id: str, held: Held, now: Machine, cards: Collection[int]) -> Owed:
@@ -51,16 +52,20 @@ def owed_after_stop(model_id: str, held: Held, now: Machine, cards: Collection[i
     }
     expected = counted if any(counted.values()) else held.taken
     least = {
-        card: free + size - max(_NOISE_BYTES, int(size * _NOISE_SHARE))
-        for card, free in _free(now, cards).items()
-        if (size := expected.get(card, 0))
+        card: free + size - _noise(size) for card, free in _free(now, cards).items() if (size := expected.get(card, 0))
     }
     return Owed(model_id=model_id, pids=held.pids, free=least)
 
 
 def owed_after_failure(model_id: str, before: Machine, cards: Collection[int]) -> Owed:
-    """Say what must be seen after a failed load that began when the cards were as *before*."""
+    """Say what must be seen after a failed load, or wake, that began when the cards were as *before*."""
     return Owed(model_id=model_id, free={card: free - _NOISE_BYTES for card, free in _free(before, cards).items()})
+
+
+def owed_after_sleep(model_id: str, before: Machine, cards: Collection[int], freed: int) -> Owed:
+    """Say what must be seen when a model has fallen asleep that was awake *before*, and gives back *freed* bytes."""
+    least = {card: free + freed - _noise(freed) for card, free in _free(before, cards).items()}
+    return Owed(model_id=model_id, free=least)
 
 
 def confirm_freed(owed: Owed, now: Machine) -> tuple[str, ...]:
@@ -79,6 +84,10 @@ def confirm_freed(owed: Owed, now: Machine) -> tuple[str, ...]:
                 f"card {gpu.index} has {gpu.free_bytes / _GIB:.1f} GiB free, {least / _GIB:.1f} GiB were expected"
             )
     return tuple(lacks)
+
+
+def _noise(size: int) -> int:
+    return max(_NOISE_BYTES, int(size * _NOISE_SHARE))
 
 
 def _free(machine: Machine, cards: Collection[int]) -> dict[int, int]:

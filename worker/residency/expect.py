@@ -7,9 +7,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from common.schemas import SwitchRecord, SwitchStage, SwitchTime
+from worker.state.residency import Level
 
 _NEWEST_COUNTS = 0.3  # of the mean: a disk that is busy once moves it a little, a new driver within a few switches
 _SLACK = 3.0  # a load may take this many times what its size says: half of it is not the disk's
+_WARMEST_FIRST = (Level.ASLEEP_1, Level.ASLEEP_2, Level.SPARE, Level.COLD)
+_FROM_FILES = (Level.SPARE, Level.COLD)
 _PRICED = (SwitchStage.UNLOADING, SwitchStage.LOADING, SwitchStage.VERIFYING)
 
 
@@ -38,7 +41,7 @@ def average(before: SwitchTime | None, record: SwitchRecord) -> SwitchTime | Non
 
 
 def expect_switch_s(
-    times: Iterable[SwitchTime], from_model: str | None, to_model: str, *, level: str = "cold"
+    times: Iterable[SwitchTime], from_model: str | None, to_model: str, *, level: str = Level.COLD
 ) -> float | None:
     """
     Say how many seconds a switch will take, without draining.
@@ -53,6 +56,18 @@ def expect_switch_s(
     return sum(found.values()) / len(found) if found else None
 
 
+def expect_at_most_s(times: Iterable[SwitchTime], from_model: str | None, to_model: str, *, level: str) -> float | None:
+    """
+    Say how many seconds a switch to a model that is at *level* now will take at most; None if nobody knows.
+
+    What was never measured from there takes no longer than from the next colder level.
+    """
+    known = list(times)
+    colder = _WARMEST_FIRST[_WARMEST_FIRST.index(Level(level)) :]
+    expected = (expect_switch_s(known, from_model, to_model, level=each) for each in colder)
+    return next((seconds for seconds in expected if seconds is not None), None)
+
+
 def load_speed(times: Iterable[SwitchTime]) -> float | None:
     """
     Bytes of weights per second that this worker loads from the disk; None if it has loaded nothing yet.
@@ -60,7 +75,9 @@ def load_speed(times: Iterable[SwitchTime]) -> float | None:
     That of the largest model: starting the engine's program, the same for each, hides the disk of small ones.
     """
     loads = [
-        (time.load_bytes, time.load_s) for time in times if time.load_bytes and time.load_s and time.level == "cold"
+        (time.load_bytes, time.load_s)
+        for time in times
+        if time.load_bytes and time.load_s and time.level in _FROM_FILES
     ]
     if not loads:
         return None

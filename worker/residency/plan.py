@@ -1,28 +1,42 @@
 """
-What must be stopped so that a model can start? A pure answer, with its reason.
+What must leave so that a model can be made ready, and does it sleep or end? A pure answer, with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 
-from worker.state.residency import HOST, Residency, Resident
+from worker.residency.settle import Leaver, Rest, settle
+from worker.state.residency import HOST, Level, Residency, Resident
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchPlan:
-    """The residents to stop, in order, before the model starts; `start` is None if it should not or need not."""
+    """What ends and what falls asleep before the model is made ready; `start` is None if it should not or need not."""
 
     stop: tuple[str, ...] = ()
+    sleep: tuple[tuple[str, Level], ...] = ()
     start: str | None = None
     reason: str
 
 
-def plan_switch(residency: Residency, model_id: str, needs: Mapping[int, int]) -> SwitchPlan:
+@dataclass(frozen=True, kw_only=True)
+class Sleeping:
+    """How models may sleep here; by default none does."""
+
+    rests: Mapping[str, tuple[Rest, ...]] = field(default_factory=dict)  # of models that are ready, the best first
+    order: Sequence[str] = ()  # all residents, the one that is needed next first
+    most: int = 0  # models asleep at once
+    host_bytes: int | None = None  # of the host, that residents may take together; None = all of it
+
+
+def plan_switch(
+    residency: Residency, model_id: str, needs: Mapping[int, int], sleeping: Sleeping | None = None
+) -> SwitchPlan:
     """
-    Decide how to make *model_id*, which *needs* so many bytes by card and HOST, ready.
+    Decide how to make *model_id*, which *needs* so many bytes by card and HOST while it is ready, ready.
 
     Each card counts for itself: what is free on one is of no use to a model on another.
 
@@ -30,11 +44,15 @@ def plan_switch(residency: Residency, model_id: str, needs: Mapping[int, int]) -
 
     1. Is it ready already?                             Change nothing.
     2. Does it need more of a place than all there is?  Change nothing.
-    3. Does it fit beside the others?                   Start it.
-    4. Otherwise                                        Stop the group of residents that costs least, then start it.
+    3. Does it fit beside those that are awake?         None of them leaves.
+    4. Otherwise                                        The group of them leaves that costs least.
+    5. Does what leaves, and what sleeps, have room     It sleeps; the one that is needed next has the first choice
+       beside all that?                                 (see `settle`). Who has none ends.
 
-    A group costs its jobs in flight first, then how many models it stops, then its bytes; ties go by name.
+    A group costs its jobs in flight first, then how many models leave, then its bytes; ties go by name.
     """
+    sleeping = sleeping or Sleeping()
+
     # (1) Ready already.
     if residency.ready(model_id):
         return SwitchPlan(reason=f"{model_id} is ready already")
@@ -46,27 +64,35 @@ def plan_switch(residency: Residency, model_id: str, needs: Mapping[int, int]) -
             return SwitchPlan(reason=f"{model_id} takes {size} bytes of {name}, more than the {there} there are")
 
     # (3) Fits beside the others. What is left of an earlier, broken load of the same model goes first.
-    remains = tuple(r.model_id for r in residency.residents if r.model_id == model_id)
-    others = tuple(sorted((r for r in residency.residents if r.model_id != model_id), key=lambda r: r.model_id))
-    if _room(residency, others, needs):
-        reason = f"{model_id} fits beside {', '.join(r.model_id for r in others)}" if others else "nothing is loaded"
-        return SwitchPlan(stop=remains, start=model_id, reason=reason)
+    remains = tuple(r.model_id for r in residency.awake if r.model_id == model_id)
+    awake = tuple(sorted((r for r in residency.awake if r.model_id != model_id), key=lambda r: r.model_id))
+    leaving: tuple[Resident, ...] = ()
+    reason = f"{model_id} fits beside {', '.join(r.model_id for r in awake)}" if awake else "nothing is loaded"
 
     # (4) Make room.
-    stop = min(
-        (group for group in _groups(others) if _room(residency, tuple(r for r in others if r not in group), needs)),
-        key=_cost,
-    )
-    names = tuple(sorted(r.model_id for r in stop))
-    return SwitchPlan(
-        stop=(*remains, *names), start=model_id, reason=f"{model_id} takes the place of {', '.join(names)}"
-    )
+    if not _room(residency, awake, needs):
+        groups = (group for count in range(1, len(awake) + 1) for group in combinations(awake, count))
+        leaving = min((group for group in groups if _room(residency, _without(awake, group), needs)), key=_cost)
+        reason = f"{model_id} takes the place of {', '.join(sorted(r.model_id for r in leaving))}"
+
+    # (5) Asleep, or ended.
+    asleep = tuple(r for r in residency.residents if r.level.asleep and r.model_id != model_id)
+    left = _left(residency, _without(awake, leaving), needs, sleeping)
+    levels = settle(_leavers((*leaving, *asleep), sleeping), left, most=sleeping.most)
+    sleep = tuple(sorted((r.model_id, levels[r.model_id]) for r in leaving if r.model_id in levels))
+    ended = tuple(sorted(r.model_id for r in (*leaving, *asleep) if r.model_id not in levels))
+    details = [
+        *(f"{model} falls asleep ({level})" for model, level in sleep),
+        *(f"{r.model_id} slept and ends" for r in sorted(asleep, key=lambda r: r.model_id) if r.model_id in ended),
+    ]
+    return SwitchPlan(stop=(*remains, *ended), sleep=sleep, start=model_id, reason=", ".join([reason, *details]))
 
 
 def fitting_beside(residency: Residency, models: Mapping[str, Mapping[int, int]]) -> frozenset[str]:
-    """Name those of *models* (name -> its needs) that could be loaded now without stopping any."""
+    """Name those of *models* (name -> its needs) that could be made ready while all that are awake stay so."""
     plans = {model_id: plan_switch(residency, model_id, needs) for model_id, needs in models.items()}
-    return frozenset(model_id for model_id, plan in plans.items() if plan.start is not None and not plan.stop)
+    awake = {resident.model_id for resident in residency.awake}
+    return frozenset(model for model, plan in plans.items() if plan.start is not None and not awake & {*plan.stop})
 
 
 def _room(residency: Residency, staying: tuple[Resident, ...], needs: Mapping[int, int]) -> bool:
@@ -75,8 +101,34 @@ def _room(residency: Residency, staying: tuple[Resident, ...], needs: Mapping[in
     return len(staying) < residency.max_residents and all(size <= free[place] for place, size in needs.items())
 
 
-def _groups(residents: tuple[Resident, ...]) -> list[tuple[Resident, ...]]:
-    return [group for count in range(1, len(residents) + 1) for group in combinations(residents, count)]
+def _left(
+    residency: Residency, staying: tuple[Resident, ...], needs: Mapping[int, int], sleeping: Sleeping
+) -> Mapping[int, int]:
+    """What the model and those that stay leave of each place, for sleepers."""
+    free = {place: size - needs.get(place, 0) for place, size in residency.free(staying).items()}
+    if sleeping.host_bytes is not None:
+        free[HOST] -= max(0, residency.places[HOST] - sleeping.host_bytes)
+    return free
+
+
+def _leavers(residents: Sequence[Resident], sleeping: Sleeping) -> list[Leaver]:
+    """Who leaves or sleeps, the one that is needed next first; who sleeps can stay so, and cannot sleep otherwise."""
+
+    def rank(resident: Resident) -> tuple[int, str]:
+        known = resident.model_id in sleeping.order
+        return sleeping.order.index(resident.model_id) if known else len(sleeping.order), resident.model_id
+
+    return [
+        Leaver(
+            model_id=r.model_id,
+            rests=(Rest(level=r.level, held=r.held),) if r.level.asleep else sleeping.rests.get(r.model_id, ()),
+        )
+        for r in sorted(residents, key=rank)
+    ]
+
+
+def _without(residents: tuple[Resident, ...], group: tuple[Resident, ...]) -> tuple[Resident, ...]:
+    return tuple(r for r in residents if r not in group)
 
 
 def _cost(group: tuple[Resident, ...]) -> tuple[int, int, int, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from worker.state.backlog import Backlog
-from worker.state.residency import Residency
+from worker.state.residency import Level, Residency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,9 @@ def choose_prefetch(
     The questions, in order:
 
     1. Is a switch asked for or under way?             None: its load has the disk to itself.
-    2. Do jobs wait for a model that is not loaded?    The one whose job waits longest: it is loaded next.
-       Not one that failed a short while ago.
+    2. Do jobs wait for a model whose weights are in   The one whose job waits longest: it is loaded next.
+       its files only? Not one that failed a short
+       while ago.
     3. Is there memory for its files?                  As much of them as there is, from the beginning; what is read
                                                        beyond it would drive out what was read before.
     """
@@ -42,7 +43,7 @@ def choose_prefetch(
     absent = [
         model
         for model in sorted(models)
-        if backlog.count(model) and residency.resident(model) is None and not residency.is_quarantined(model, now)
+        if backlog.count(model) and _only_in_files(residency, model) and not residency.is_quarantined(model, now)
     ]
     if not absent:
         return Prefetch(reason="no job waits for a model that is not loaded")
@@ -54,6 +55,11 @@ def choose_prefetch(
     return Prefetch(
         model_id=after, most_bytes=spare_bytes, reason=f"{backlog.count(after)} jobs wait for {after}, it is next"
     )
+
+
+def _only_in_files(residency: Residency, model: str) -> bool:
+    found = residency.resident(model)
+    return found is None or found.level is Level.ASLEEP_2
 
 
 def _waiting_since(backlog: Backlog, model: str) -> float:

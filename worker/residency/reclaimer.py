@@ -1,17 +1,26 @@
 """
-Sees the memory of engines that ended come back, card by card, before the next load.
+Sees the memory of engines that ended, or fell asleep, come back, card by card, before the next load.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from logging import ERROR, INFO
 
 from common.logs import get_logger
 from worker.hardware.gpu import Machine, MachineReader
 from worker.residency.board import ResidencyBoard
-from worker.residency.confirm import Held, Owed, confirm_freed, owed_after_failure, owed_after_stop, taken_by
+from worker.residency.confirm import (
+    Held,
+    Owed,
+    confirm_freed,
+    owed_after_failure,
+    owed_after_sleep,
+    owed_after_stop,
+    shifted,
+)
 from worker.selection.placement import Placement
 
 logger = get_logger(__name__)
@@ -44,9 +53,25 @@ class Reclaimer:
         self._lacking: list[Owed] = []  # waited for in vain
 
     def note_loaded(self, placement: Placement, pids: tuple[int, ...], before: Machine) -> None:
-        """Note what a model that is loaded on cards holds of them; *before* is the machine without it."""
-        taken = taken_by(before, self._machine.read(), placement.gpus)
-        self._held[placement.model_id] = Held(pids=pids, taken=taken)
+        """Note what a model that was loaded on cards, or woken, holds of them; *before* is the machine as it was."""
+        held = replace(self._held.get(placement.model_id, Held()), pids=pids)
+        self._held[placement.model_id] = shifted(held, before, self._machine.read(), placement.gpus)
+
+    def pids(self, model_id: str) -> tuple[int, ...]:
+        """The processes of a model that is loaded on cards."""
+        return self._held.get(model_id, Held()).pids
+
+    def see_asleep(self, placement: Placement, before: Machine, *, freed: int) -> tuple[str, ...]:
+        """
+        Wait until the cards show that a model which fell asleep gave back *freed* bytes; list what is lacking.
+
+        *before* is the machine while it was awake.
+        """
+        owed = owed_after_sleep(placement.model_id, before, placement.gpus, freed)
+        machine = self._watch((owed,))
+        if (held := self._held.get(placement.model_id)) is not None:
+            self._held[placement.model_id] = shifted(held, before, machine, placement.gpus)
+        return confirm_freed(owed, machine)
 
     def owed_by(self, placement: Placement, *, begun_at: Machine | None) -> Owed | None:
         """
@@ -76,15 +101,20 @@ class Reclaimer:
         """
         if not (self._owed or self._lacking):
             return
-        machine = self._machine.read()
-        for _ in range(_LOOKS):
-            if self._leaving.is_set() or not any(confirm_freed(owed, machine) for owed in self._owed):
-                break
-            self._pause(_LOOK_S)
-            machine = self._machine.read()
+        machine = self._watch(self._owed)
         self._lacking = [owed for owed in (*self._lacking, *self._owed) if confirm_freed(owed, machine)]
         self._owed = []
         lacks = {owed.model_id: "; ".join(confirm_freed(owed, machine)) for owed in self._lacking}
         if lacks != self._board.read().unfreed:
             logger.log(ERROR if lacks else INFO, "residency.unfreed", lacks=lacks)
             self._board.unfreed(lacks)
+
+    def _watch(self, owed: Sequence[Owed]) -> Machine:
+        """Look at the cards until all is back that is *owed*, or the time for it is over; gives the last look."""
+        machine = self._machine.read()
+        for _ in range(_LOOKS):
+            if self._leaving.is_set() or not any(confirm_freed(each, machine) for each in owed):
+                break
+            self._pause(_LOOK_S)
+            machine = self._machine.read()
+        return machine

@@ -61,8 +61,10 @@ def recover(failure: Failure, others: Others) -> Recovery:
 
     The questions, in order:
 
-    1. May the same succeed now?                       Retry. Not what needs an operator, nor what ran out of memory.
-    2. Was it to come from anywhere but its files?     Start it cold: what slept may be what is broken.
+    1. May the same succeed now?                       Retry. Not what needs an operator, nor what ran out of memory,
+                                                       nor a sleeper that did not wake as it should: it was ended.
+    2. Did it sleep?                                   Start it from its files: what slept may be what is broken.
+                                                       Unless the cards refuse any load.
     3. Is memory lacking, and is there a smaller plan? Load that one. Once smaller, whatever made the load fail.
     4. Is another model ready?                         Let it work; nothing is worth stopping it.
     5. Do the cards refuse any load?                   The cloud or nothing: another model would heat them as well.
@@ -76,14 +78,16 @@ def recover(failure: Failure, others: Others) -> Recovery:
     lacks_memory = isinstance(error, OutOfMemory | TooLittleMemory)
 
     # (1) The same again.
-    if failure.attempts_left and error.retry_helps and not isinstance(error, OutOfMemory):
+    slept = failure.level.asleep
+    ended = slept and not isinstance(error, LoadRefused)
+    if failure.attempts_left and error.retry_helps and not isinstance(error, OutOfMemory) and not ended:
         return Recovery(rung=Rung.RETRY, model_id=model_id, reason=f"{failure.attempts_left} attempts are left")
 
     # (2) Colder.
-    if failure.level is not Level.COLD:
-        return Recovery(
-            rung=Rung.COLDER, model_id=model_id, reason=f"{model_id} starts cold instead of {failure.level}"
-        )
+    may_load = lacks_memory or not isinstance(error, LoadRefused)
+    if slept and may_load:
+        reason = f"{model_id} starts from its files instead of {failure.level}"
+        return Recovery(rung=Rung.COLDER, model_id=model_id, reason=reason)
 
     # (3) Smaller.
     if failure.plans_left and (lacks_memory or (failure.shrunk and isinstance(error, LoadFailed))):
@@ -92,7 +96,6 @@ def recover(failure: Failure, others: Others) -> Recovery:
     # (4) Another one works. (5) Nothing may be loaded.
     if others.ready:
         return Recovery(rung=Rung.HOLD, reason=f"{', '.join(others.ready)} stays ready; the jobs of {model_id} wait")
-    may_load = lacks_memory or not isinstance(error, LoadRefused)
 
     # (6) The cascade.
     if may_load and others.cascade and (others.substitutable or others.previous is None):

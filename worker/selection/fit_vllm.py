@@ -136,7 +136,10 @@ def _with_pool(placement: Placement, overrides: Overrides, place: Place, typical
     room = place.budget - placement.memory.total + one
     useful = typical if place.gpus else min(typical, _CPU_POOL_BYTES)
     alone = place.gpus and (overrides.gpu_memory_utilization or overrides.residents == 1)
-    memory = dataclasses.replace(placement.memory, kv_cache=room if alone else max(one, min(room, useful)))
+    # What a process keeps of the card while it sleeps; models are taken to be alike in that.
+    keeps = placement.memory.cuda_context + placement.memory.non_torch + placement.memory.cuda_graphs
+    all_of_it = room if overrides.gpu_memory_utilization else max(min(room, useful), room - overrides.asleep * keeps)
+    memory = dataclasses.replace(placement.memory, kv_cache=all_of_it if alone else max(one, min(room, useful)))
     share = None
     if place.gpus:
         # The context exists before vLLM compares its share with what is free.

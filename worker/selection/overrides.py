@@ -24,4 +24,5 @@ class Overrides:
     llamacpp_parallel: int = 8  # requests at once in llama.cpp
     vllm_version: str | None = None  # of the engine that is here; None = the newest known
     residents: int = 1  # models that may be ready side by side
+    asleep: int = 0  # models that may sleep beside those in vLLM
     n_gpu_layers: int | None = None  # for llama.cpp; -1 = all, 0 = none

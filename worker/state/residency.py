@@ -30,6 +30,11 @@ class Level(StrEnum):
     STARTING = "starting"
     STOPPING = "stopping"
 
+    @property
+    def asleep(self) -> bool:
+        """Does its process wait to be woken?"""
+        return self in (Level.ASLEEP_1, Level.ASLEEP_2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resident:
@@ -78,21 +83,23 @@ class Residency:
 
     capacity: int  # bytes of the host that models may take together
     cards: Mapping[int, int] = field(default_factory=dict)  # card -> its bytes
-    max_residents: int  # how many may be ready side by side
+    max_residents: int  # how many may be ready side by side; sleepers do not count
     residents: tuple[Resident, ...] = ()
     switching: Switching | None = None
     quarantined: Mapping[str, Quarantine] = field(default_factory=dict)
     unfreed: Mapping[str, str] = field(default_factory=dict)  # model that ended -> what of its memory is not back
+    banned: Mapping[tuple[str, Level], str] = field(default_factory=dict)  # model, and how it sleeps no more -> why
+    standby_bytes: int = 0  # of the host, taken by a process that stands ready for any model
     switch_s: Mapping[str, float] = field(
         default_factory=dict
     )  # model -> what a switch to it will take; unknown = absent
 
-    beside: frozenset[str] = frozenset()  # models that could be loaded now without stopping any
+    beside: frozenset[str] = frozenset()  # models that could be made ready now while all that are ready stay so
 
     @property
     def places(self) -> Mapping[int, int]:
         """All bytes there are, by card and HOST."""
-        return {HOST: self.capacity, **self.cards}
+        return {HOST: self.capacity - self.standby_bytes, **self.cards}
 
     def free(self, residents: Collection[Resident] | None = None) -> Mapping[int, int]:
         """Bytes that no resident takes, by card and HOST; or that none of *residents* would."""
@@ -107,6 +114,11 @@ class Residency:
         """May jobs of *model_id* run now?"""
         found = self.resident(model_id)
         return found is not None and found.level is Level.READY
+
+    @property
+    def awake(self) -> tuple[Resident, ...]:
+        """The residents that do not sleep."""
+        return tuple(r for r in self.residents if not r.level.asleep)
 
     @property
     def ready_models(self) -> tuple[str, ...]:

@@ -94,7 +94,11 @@ def _alerts(machine: Machine, residency: Residency, max_temperature_c: float, no
         f"the memory of {model} is not all back although it has ended: {lacking}"
         for model, lacking in sorted(residency.unfreed.items())
     )
-    return (*hot, *quarantined, *smaller, *unfreed)
+    banned = (
+        f"{model} is put to sleep no more at level {level}: {reason}"
+        for (model, level), reason in sorted(residency.banned.items())
+    )
+    return (*hot, *quarantined, *smaller, *unfreed, *banned)
 
 
 def _gpu(gpu: Gpu) -> GpuStatus:

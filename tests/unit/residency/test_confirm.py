@@ -17,8 +17,9 @@ from worker.residency.confirm import (
     Owed,
     confirm_freed,
     owed_after_failure,
+    owed_after_sleep,
     owed_after_stop,
-    taken_by,
+    shifted,
 )
 
 CARDS = (0, 1)
@@ -41,7 +42,7 @@ def test_what_a_load_took_is_what_its_stop_must_give_back() -> None:
     """On every pair of cards: loaded, stopped, and so much of it back; what is missing beyond noise is noticed."""
     for first, second, back in product((0, 2, 10), (0, 3, 20), (0.0, 0.5, 0.9, 1.0)):
         before, loaded = machine(24, 22), machine(24 - first, 22 - second)
-        held = Held(pids=(7,), taken=taken_by(before, loaded, CARDS))
+        held = shifted(Held(pids=(7,)), before, loaded, CARDS)
         owed = owed_after_stop("m", held, loaded, CARDS)
         after = machine(24 - first * (1 - back), 22 - second * (1 - back))
 

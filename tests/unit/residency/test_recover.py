@@ -67,7 +67,10 @@ def test_every_ladder_ends() -> None:
             taken.append(rung)
             failure, others = after_failing(failure, others, rung)
         assert len(taken) <= 8, taken  # 2 retries, 1 colder, 2 smaller, 2 of the cascade, 1 previous
-        assert taken == sorted(taken, key=ORDER.index), taken
+        # A sleeper that failed to wake was ended: it starts from its files first, and may be tried again then.
+        others_taken = [rung for rung in taken if rung is not Rung.COLDER]
+        assert others_taken == sorted(others_taken, key=ORDER.index), taken
+        assert Rung.COLDER not in taken or {*taken[: taken.index(Rung.COLDER)]} <= {Rung.RETRY}, taken
 
 
 def test_a_model_that_is_named_is_one_that_there_is() -> None:
@@ -83,17 +86,22 @@ def test_a_model_that_is_named_is_one_that_there_is() -> None:
 
 
 def test_the_same_plan_is_tried_again_only_where_that_may_help() -> None:
-    """Not without attempts left, not what an operator must change, not what had all the memory that was free."""
+    """Not without attempts, nor what an operator must change, nor what had all free memory, nor what is ended."""
     for failure, others in WORLDS:
         helps = failure.error.retry_helps and not isinstance(failure.error, OutOfMemory)
+        helps = helps and (isinstance(failure.error, LoadRefused) or not failure.level.asleep)
         assert (recover(failure, others).rung is Rung.RETRY) == bool(helps and failure.attempts_left)
 
 
 def test_what_slept_is_started_cold_before_anything_is_given_up() -> None:
-    """Whatever the error, and whatever else there is."""
+    """Whatever the error, and whatever else there is; only where the cards refuse any load it sleeps on."""
     for failure, others in WORLDS:
-        if failure.level is not Level.COLD:
-            assert recover(failure, others).rung in (Rung.RETRY, Rung.COLDER)
+        rung = recover(failure, others).rung
+        hot = isinstance(failure.error, LoadRefused) and not lacks_memory(failure.error)
+        if failure.level.asleep and not hot:
+            assert rung in (Rung.RETRY, Rung.COLDER)
+        else:
+            assert rung is not Rung.COLDER
 
 
 def test_smaller_plans_are_for_want_of_memory() -> None:
@@ -145,7 +153,9 @@ def test_the_cloud_is_the_last_resort_and_only_where_there_is_one() -> None:
     ("error", "left", "others", "rung", "model_id"),
     [
         (LoadFailed("slow"), {"attempts_left": 1}, {}, Rung.RETRY, "m"),
-        (LoadFailed("slow"), {"level": Level.ASLEEP_2}, {}, Rung.COLDER, "m"),
+        (LoadFailed("slow"), {"level": Level.ASLEEP_2, "attempts_left": 2}, {}, Rung.COLDER, "m"),  # it was ended
+        (TooLittleMemory("full"), {"level": Level.ASLEEP_1, "attempts_left": 2}, {}, Rung.RETRY, "m"),
+        (LoadRefused("99 C"), {"level": Level.ASLEEP_1}, {"previous": "p"}, Rung.HOLD, None),  # it sleeps on
         (OutOfMemory("full"), {"attempts_left": 2, "plans_left": 3}, {}, Rung.SMALLER, "m"),
         (TooLittleMemory("full"), {"plans_left": 1}, {"ready": ("r",)}, Rung.SMALLER, "m"),
         (LoadFailed("no kernel"), {"plans_left": 1}, {"previous": "p"}, Rung.PREVIOUS, "p"),
