@@ -59,7 +59,6 @@ from worker.residency.may_leave import Cloud
 from worker.residency.page_cache import PageCache
 from worker.residency.parts import SwitchLimits
 from worker.residency.switcher import Switcher
-from worker.routing.gate import Gate
 from worker.routing.merge import merge_offers
 from worker.routing.router import Router
 from worker.routing.rules_file import load_rules
@@ -73,10 +72,10 @@ from worker.selection.describe import describe_choice
 from worker.selection.lessons import Lessons
 from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
+from worker.state.residency import Level
 from worker.tasks import add_generate_task, add_submit_task, add_switch_task
 from worker.telemetry.redis_measured import RedisMeasurements
 from worker.telemetry.redis_status import RedisStatus
-from worker.state.residency import Level
 from worker.telemetry.redis_switch_times import RedisSwitchTimes
 from worker.world import WorkerWorld
 
@@ -192,18 +191,18 @@ def _overrides(settings: Settings, model: str | ModelSpec | None) -> Overrides:
         n_gpu_layers=_gpu_layers(settings),
         vllm_version=_vllm_version(settings),
         residents=settings.switch.max_residents,
+        asleep=_asleep(settings),
     )
 
 
-        asleep=_asleep(settings),
-def _vllm_version(settings: Settings) -> str | None:
-    try:
-        return find_version(find_python(settings.vllm))
 def _asleep(settings: Settings) -> int:
     """How many models of vLLM may sleep; its own server puts none to sleep."""
     return settings.switch.max_asleep if settings.vllm.channel == "host" else 0
 
 
+def _vllm_version(settings: Settings) -> str | None:
+    try:
+        return find_version(find_python(settings.vllm))
     except EngineMissing:
         return None
 
@@ -230,9 +229,8 @@ def run_router(settings: Settings) -> int:
     owner = _owner(name)
     client, patient = _redis(settings)
     app = create_app(settings, owner=owner)
-    store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
-    gate = Gate(limits=settings.limit, egress=settings.egress, webhooks=settings.webhook.secret is not None)
-    router = Router(store=store, offers=lambda: _offered(client), rules=rules, gate=gate)
+    store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
+    router = Router(store=store, offers=lambda: _offered(client), rules=rules)
     add_submit_task(app, router, store)
     process = ConsumerProcess(
         app=app,
@@ -304,7 +302,7 @@ class _Worker:
             times=switch_times.read(),
             keep_time=switch_times.save,
         )
-        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
+        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
         self._stand_in = _stand_in(settings.cloud)
         cloud_lane = CloudLane(
             queues=RedisCloud(client, tuple(placements)),
@@ -321,25 +319,25 @@ class _Worker:
             switch_seconds=history.seconds_between,
             stand_in=self._stand_in,
         )
+        queues = RedisQueues(client, list(placements))
         self._switcher = Switcher(
             board=board,
             placements=placements,
             engines=engines,
             machine=found.detected.reader,
-        queues = RedisQueues(client, list(placements))
             limits=_switch_limits(settings),
             fetch=fetch_files,
             hand_back=runner.hand_back,
             record=history.add,
             measured=_keeper_of_measurements(client, settings, found.machine),
             load_speed=history.load_speed,
+            times=history.times,
+            backlog=queues.backlog,
             substitutable=reroute.waits,
             cloud=cloud_lane.waits,
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()
-            times=history.times,
-            backlog=queues.backlog,
         self._world = WorkerWorld(
             name=self._name,
             placements=choice.placements,
@@ -505,6 +503,7 @@ def _switch_limits(settings: Settings) -> SwitchLimits:
         attempts=switch.attempts,
         drain_s=switch.drain_s,
         quarantine_s=switch.quarantine_s,
+        asleep=switch.max_asleep,
         load=LoadLimits(max_temperature_c=switch.max_temperature_c, max_power_share=switch.max_power_share),
     )
 
@@ -513,7 +512,6 @@ def _switch_limits(settings: Settings) -> SwitchLimits:
 
 
 def worker_name(settings: Settings) -> str:
-        asleep=switch.max_asleep,
     """What this worker is called in Redis and in `shiftworker status`."""
     return settings.worker.name or gethostname().split(".")[0]
 
