@@ -1,0 +1,148 @@
+"""
+The backlog of a model: its waiting jobs in the order in which they are served, in Redis.
+
+What the order is, and how it lies there, stands in common/backlog_scripts.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common import backlog_scripts as scripts
+from common import keys
+from common.redis_client import RedisClient
+
+PLACE_HEADER = "shiftworker_place"  # of a message: its Place, but for the priority, which is a property of its own
+
+_AT_ONCE = 100  # messages a round trip
+
+
+class Place(BaseModel):
+    """What the order of waiting jobs asks of one job; None = it does not say."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    queued_at: float = Field(ge=0, lt=1e10, description="Unix seconds when the router sent it to its model")
+    priority: int = Field(default=0, ge=0, le=9, description="a step of keys.PRIORITY_STEPS; 0 is served first")
+    tenant: str = Field(default="default", max_length=100)
+    prompt_tokens: int | None = Field(default=None, ge=0, le=10**9)
+    output_tokens: int | None = Field(default=None, ge=0, le=10**9, description="the longest answer it allows")
+    deadline_at: float | None = Field(default=None, ge=0, lt=1e10, description="Unix seconds")
+    max_wait_s: float | None = Field(default=None, ge=0, lt=1e9, description="the bound on its waiting")
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any], *, now: float) -> Self:
+        """Read the place of a kombu *message*; one that says nothing, or nonsense, was queued *now* (Unix seconds)."""
+        priority = message["properties"].get("priority")
+        step = max((s for s in keys.PRIORITY_STEPS if isinstance(priority, int) and s <= priority), default=0)
+        said = (message.get("headers") or {}).get(PLACE_HEADER)
+        try:
+            return cls.model_validate({"queued_at": now, **(said or {}), "priority": step})
+        except (ValidationError, TypeError):
+            return cls(queued_at=now, priority=step)
+
+    def header(self) -> dict[str, Any]:
+        """Write it for the header of a message."""
+        return {PLACE_HEADER: self.model_dump(exclude={"priority"}, exclude_none=True)}
+
+
+class RedisBacklog:
+    """
+    The backlogs of all queues that have one (keys.has_backlog); each change is one script.
+
+    *client* may be a pipeline where the answer is of no interest. `walk` and `read` need one that decodes.
+    """
+
+    def __init__(self, client: RedisClient) -> None:
+        self._redis = client
+
+    def put(self, queue: str, message: Mapping[str, Any], raw: str, *, now: float) -> Any:
+        """
+        Put a kombu *message*, *raw* as JSON, into the backlog of *queue*; wakes whoever waits for it.
+
+        A job that waits there already keeps its place, and this message takes the older one's.
+        """
+        about = job_id_of(message), _place_json(message, now=now)
+        return self._redis.eval(scripts.PUT, 2, keys.backlog(queue), keys.WAKE, *about, raw)
+
+    def adopt(self, queue: str, *, now: float) -> int:
+        """
+        Put into the backlog what a stock producer has pushed to the lists of *queue*; returns how many entries it took.
+
+        One that is no message is set aside in `shiftworker:malformed`.
+        """
+        adopted = 0
+        for name in keys.lists_of(queue):
+            # As bytes: whatever somebody pushed, it must not stop who reads it.
+            for raw in reversed(self._redis.execute_command("LRANGE", name, -_AT_ONCE, -1, NEVER_DECODE=True)):
+                try:
+                    message = json.loads(raw.decode())
+                    about = [job_id_of(message).encode(), _place_json(message, now=now).encode()]
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    about = []
+                adopted += self._redis.eval(scripts.ADOPT, 3, keys.backlog(queue), name, keys.MALFORMED, raw, *about)
+        return adopted
+
+    def count(self, queue: str) -> int:
+        """How many jobs wait."""
+        return int(self._redis.zcard(keys.backlog_order(queue)))
+
+    def rank(self, queue: str, job_id: str, *, now: float) -> int | None:
+        """How many jobs are served before this one, as things stand *now* (Unix seconds); None = it is not here."""
+        found = self._redis.eval(scripts.RANK, 1, keys.backlog(queue), job_id, now)
+        return None if found is None else int(found)
+
+    def find(self, queue: str, job_id: str) -> str | None:
+        """The message of a waiting job; None = it is not here."""
+        found: str | None = self._redis.hget(keys.backlog_messages(queue), job_id)
+        return found
+
+    def remove(self, queue: str, job_id: str, raw: str) -> bool:
+        """Take a job out for good, if its message is still *raw*; False = it waits there no longer."""
+        return bool(self._redis.eval(scripts.REMOVE, 1, keys.backlog(queue), job_id, raw))
+
+    def move(self, job_id: str, raw: str, new: str, *, queue: str, to: str) -> bool:
+        """
+        Move a job to the backlog of the queue *to*, in the same place; False = its message is no longer *raw*.
+
+        There its message is *new*.
+        """
+        ends = keys.backlog(queue), keys.backlog(to)
+        return bool(self._redis.eval(scripts.MOVE, 3, *ends, keys.WAKE, job_id, raw, new, to))
+
+    def send(self, job_id: str, raw: str, new: str, *, queue: str, to_list: str) -> bool:
+        """Send a job to the back of a list of kombu's, as the message *new*; False = its message is no longer *raw*."""
+        return bool(self._redis.eval(scripts.MOVE, 3, keys.backlog(queue), to_list, keys.WAKE, job_id, raw, new))
+
+    def walk(self, queue: str) -> Iterator[tuple[str, str]]:
+        """Give each waiting job's id and message, in the order of now; those that leave meanwhile are left out."""
+        job_ids = [member.partition(":")[2] for member in self._redis.zrange(keys.backlog_order(queue), 0, -1)]
+        for start in range(0, len(job_ids), _AT_ONCE):
+            some = job_ids[start : start + _AT_ONCE]
+            messages = self._redis.hmget(keys.backlog_messages(queue), some)
+            yield from ((job_id, raw) for job_id, raw in zip(some, messages, strict=True) if raw is not None)
+
+    def read(self, queue: str) -> Any:
+        """The sums, lane by lane, as `backlog_scripts.READ` gives them; it looks at no single job."""
+        return self._redis.eval(scripts.READ, 1, keys.backlog(queue))
+
+
+def job_id_of(message: Mapping[str, Any]) -> str:
+    """The job of a message: its task's id, or its delivery's where it is no task."""
+    job_id = (message.get("headers") or {}).get("id")
+    return job_id if isinstance(job_id, str) and job_id else str(message["properties"]["delivery_tag"])
+
+
+def _place_json(message: Mapping[str, Any], *, now: float) -> str:
+    """The message's place and where it goes, for the scripts; raises KeyError or TypeError if it is none of kombu's."""
+    properties = message["properties"]
+    where = {name: properties["delivery_info"][name] for name in ("exchange", "routing_key")}
+    where["delivery_tag"] = properties["delivery_tag"]
+    if not all(isinstance(value, str) for value in where.values()):
+        raise TypeError(f"not all strings: {where}")
+    place = Place.of(message, now=now).model_dump(exclude_none=True)
+    return json.dumps(place | where, ensure_ascii=False)
