@@ -18,6 +18,7 @@ from kombu.exceptions import OperationalError
 
 from common import keys
 from common.celery_app import create_app
+from common.door import Door
 from common.errors import JobCancelled, NotEndedYet, RedisUnavailable, ShiftworkerError
 from common.fleet import read_offers, read_statuses
 from common.job_stream import START, aread_stream, read_stream
@@ -52,6 +53,7 @@ class JobClient:
         self._app = create_app(settings)
         self._redis = connect(self._url)
         self._store = RedisJobStore(self._redis, ttl_s=settings.job.result_ttl_s)
+        self._door = Door(self._redis, settings.limit)
 
     def submit(self, request: Mapping[str, Any] | JobRequest, *, job_id: str | None = None) -> str:
         """
@@ -64,12 +66,15 @@ class JobClient:
         ------
         InvalidRequest
             The body is not valid; nothing was sent.
+        OverLimit, QueueFull
+            It is too large, or too much waits already (`retry_after_s`); nothing was sent.
         RedisUnavailable
             Nobody answers at the Redis address; nothing was sent.
         """
         parsed = request if isinstance(request, JobRequest) else JobRequest.parse(dict(request))
         job_id = job_id or str(uuid.uuid4())
         ping(self._redis, self._url)
+        self._door.check(parsed)
         try:
             self._app.send_task(
                 keys.SUBMIT_TASK,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from common.errors import EngineNotReady
 from common.job_store import JobStore
 from common.schemas import JobRequest, OfferedModel, Route
+from worker.routing.gate import Gate
 from worker.routing.route import route_job
 from worker.routing.rules import Rules
 from worker.routing.score import score_prompt
@@ -18,7 +19,7 @@ _OFFERS_KEPT_S = 1.0  # between two readings of what the workers offer
 
 
 class Router:
-    """Routes jobs to the models that the workers offer."""
+    """Routes jobs to the models that the workers offer; without a *gate*, all of them."""
 
     def __init__(
         self,
@@ -26,11 +27,13 @@ class Router:
         store: JobStore,
         offers: Callable[[], Sequence[OfferedModel]],
         rules: Rules,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._offers = offers
         self._rules = rules
+        self.gate = gate
         self._clock = clock
         self._known: tuple[Sequence[OfferedModel], float] | None = None
 
@@ -40,22 +43,33 @@ class Router:
 
         Raises
         ------
-        InvalidRequest, UnknownModel, PromptTooLong
+        InvalidRequest, UnknownModel, PromptTooLong, OverLimit, AddressRefused
             The job can never be answered as it is.
+        QueueFull
+            Too many jobs of its tenant have not ended.
         EngineNotReady
             No worker has ever said what it offers; the job must wait.
         """
         self._store.note_queued(job_id)
         request = JobRequest.parse(body)
+        if self.gate is not None:
+            self.gate.check(request)
         if request.stream:
             self._store.note_streams(job_id)
+        route = self.choose(request)
+        if self.gate is not None:
+            self.gate.enter(self._store, job_id, request, route)
+        else:
+            self._store.note_routed(job_id, route)
+        return request, route
+
+    def choose(self, request: JobRequest) -> Route:
+        """Choose the model for *request*, and write nothing down; raises as `route`."""
         models = self.models()
         if not models:
             raise EngineNotReady("No worker has said yet which models it can serve; the job waits.")
         complexity = score_prompt(request.text, task_type=request.task_type, rules=self._rules)
-        route = route_job(request, complexity, models)
-        self._store.note_routed(job_id, route)
-        return request, route
+        return route_job(request, complexity, models)
 
     def models(self) -> Sequence[OfferedModel]:
         """What the workers offer, at most a second old; asked again at once while nothing is offered."""
