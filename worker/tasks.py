@@ -43,9 +43,10 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
     def submit(task: Task, *args: Any, **fields: Any) -> Any:
         job_id: str = task.request.id
         with structlog.contextvars.bound_contextvars(job_id=job_id), given_back_without_redis(job_id):
+            webhook = router.gate.webhook_of(args[0] if args else fields) if router.gate else None
             ended = store.outcome(job_id)
             if ended is not None:
-                return settle(task, ended)
+                return settle(task, store.finish(ended, webhook=webhook) if webhook else ended)
             try:
                 request, route = router.route(job_id, body_of(args, fields))
             except EngineNotReady as error:
@@ -53,12 +54,14 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
                 signal_of(job_id).wait(_NO_OFFERS_PAUSE_S)
                 raise Reject(requeue=True) from None
             except ShiftworkerError as error:
-                return settle(task, store.finish(outcome_of(error, job_id, _ledger(store, job_id))))
+                refused = outcome_of(error, job_id, _ledger(store, job_id))
+                return settle(task, store.finish(refused, webhook=webhook))
             except REDIS_AWAY:
                 raise
             except Exception as error:
                 logger.exception("jobs.internal_error")
-                return settle(task, store.finish(_internal(error, job_id, _ledger(store, job_id))))
+                failed = _internal(error, job_id, _ledger(store, job_id))
+                return settle(task, store.finish(failed, webhook=webhook))
             logger.info("routing.routed", model_id=route.model, complexity=route.complexity, why=route.why)
             # Should Redis go away between publishing and acknowledging, a second copy is published later; the first
             # of the two that runs claims the job, the other one is dropped.
@@ -146,7 +149,7 @@ def body_of(args: tuple[Any, ...], fields: dict[str, Any]) -> object:
 
 def settle(task: Task, outcome: Outcome) -> dict[str, Any]:
     """Give Celery its copy of *outcome*: a result, an exception with the error's name, or REVOKED."""
-    if outcome.state is JobState.ANSWERED:
+    if outcome.state is JobState.ANSWERED and outcome.error is None:
         return outcome.result()
     error = outcome.error.as_exception() if outcome.error else InternalError(f"Job {outcome.job_id} has no answer.")
     if outcome.state is JobState.CANCELLED:

@@ -59,6 +59,7 @@ from worker.residency.may_leave import Cloud
 from worker.residency.page_cache import PageCache
 from worker.residency.parts import SwitchLimits
 from worker.residency.switcher import Switcher
+from worker.routing.gate import Gate
 from worker.routing.merge import merge_offers
 from worker.routing.router import Router
 from worker.routing.rules_file import load_rules
@@ -229,8 +230,9 @@ def run_router(settings: Settings) -> int:
     owner = _owner(name)
     client, patient = _redis(settings)
     app = create_app(settings, owner=owner)
-    store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
-    router = Router(store=store, offers=lambda: _offered(client), rules=rules)
+    store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
+    gate = Gate(limits=settings.limit, egress=settings.egress, webhooks=settings.webhook.secret is not None)
+    router = Router(store=store, offers=lambda: _offered(client), rules=rules, gate=gate)
     add_submit_task(app, router, store)
     process = ConsumerProcess(
         app=app,
@@ -302,7 +304,7 @@ class _Worker:
             times=switch_times.read(),
             keep_time=switch_times.save,
         )
-        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s)
+        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
         self._stand_in = _stand_in(settings.cloud)
         cloud_lane = CloudLane(
             queues=RedisCloud(client, tuple(placements)),
