@@ -208,6 +208,37 @@ def _estimate_batch(file: Path) -> None:
 
 
 @app.command()
+def plan(
+    trace: Annotated[Path, typer.Argument(help="Jobs, a JSON object on each line.")],
+    costs: Annotated[Path, typer.Option(help="What loads and jobs of each model take, a TOML table for each.")],
+    policy: Annotated[str, typer.Option(help="shiftworker, fifo, collate or round-robin")] = "shiftworker",
+    workers: Annotated[int, typer.Option(min=1, help="Workers on the one queue.")] = 1,
+    max_wait: Annotated[float | None, typer.Option(min=0, help="Seconds; unset = SWITCH_MAX_WAIT_S.")] = None,
+    *,
+    turns: Annotated[bool, typer.Option("--turns", help="Show each turn, and why it was taken.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recorded or made-up trace on virtual time, with the worker's own decisions: switches, waits, finish."""
+    from worker.simulate.plan import plan_file  # noqa: PLC0415 - a producer has no use for it
+    from worker.simulate.policies import policy_named  # noqa: PLC0415 - as above
+    from worker.simulate.show import show_plan  # noqa: PLC0415 - as above
+
+    settings = _settings()
+    found = plan_file(
+        trace,
+        costs,
+        policy=policy_named(policy),
+        workers=workers,
+        max_wait_s=settings.switch.max_wait_s if max_wait is None else max_wait,
+        min_turn_s=settings.switch.min_turn_s,
+    )
+    if as_json:
+        _print_json(found.as_dict(turns=turns))
+    else:
+        _out.print(show_plan(found, turns=turns))
+
+
+@app.command()
 def status(*, as_json: Json = False) -> None:
     """Show how every worker is: cards, residents, queues, last switches, alerts."""
     settings = _settings()

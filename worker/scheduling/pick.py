@@ -1,14 +1,22 @@
 """
-Whose turn is it? A pure answer, with its reason.
+Whose turn is it, until when, and why? Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from worker.scheduling.foresee import Foreseen, Load, foresee, is_better, weigh
 from worker.state.backlog import Backlog
-from worker.state.residency import Level, Residency, Resident
+from worker.state.pace import Pace
+from worker.state.residency import Level, Residency
+
+_LEEWAY_S = 1.0  # a turn ends that much before somebody else would be late: no decision comes to the instant
+_SWITCHING = 0.2  # share of the time that switches for a more urgent class, or out of a turn just begun, may take
+_PAYS = 10.0  # a detour must gain this many times its price in seconds of waiting ...
+_SMALL = 0.05  # ... and take at most this share of what it interrupts, and its switches this share of the turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +25,18 @@ class Turn:
 
     model_id: str | None
     reason: str
+    until: float | None = None  # Unix seconds: look again then, though nothing has happened; None = no need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What a decision may know beside the queues and the residents; what nobody has measured is absent."""
+
+    paces: Mapping[str, Pace] = field(default_factory=dict)  # by model
+    elsewhere: Mapping[str, int] = field(default_factory=dict)  # model -> other workers that serve it, or load it
+
+
+_NOTHING = Knowledge()
 
 
 def pick_turn(
@@ -28,75 +48,171 @@ def pick_turn(
     max_wait_s: float,
     min_turn_s: float,
     starting: str | None = None,
+    known: Knowledge = _NOTHING,
 ) -> Turn:
     """
     Decide which of *models* should be ready at *now* (Unix seconds).
 
-    Jobs are collated by model, with a bound on waiting. The questions, in order:
+    Jobs are collated by model: a turn lasts while its model has jobs, and the next one is that of the job that waits
+    longest. The questions, in order:
 
-    1. Is nothing waiting?                            Keep what is ready; load *starting* if nothing is.
+    1. Does nothing wait that is this worker's?       Keep what is ready; load *starting* if nothing is.
     2. Is there room for a model with jobs beside     That one: whatever is ready stays so. Of several, the model of
        those that are loaded?                         the job that waits longest. Not while (4) is the matter.
-    3. Has a model with jobs just become ready?       Keep it for *min_turn_s*, lest an overload only switches.
-    4. Has a job waited longer than *max_wait_s*?     The model of the one that waits longest.
-    5. Are there jobs for a model that is ready?      Keep it: a switch costs seconds, its next job nothing.
-    6. Do jobs run that a switch would wait for?      Keep their model: what arrives meanwhile runs with them.
-    7. Otherwise                                      The model of the job that waits longest.
+    3. Has a model with jobs just become ready?       Keep it for *min_turn_s*, or until it has paid for its switches
+                                                      if that is sooner: an overload must not only switch.
+    4. Would a job be late for its bound              The model that is due first, at the last moment. In an overload
+       (*max_wait_s*) or its deadline if we stay,     only if that makes the worst wait of a class much shorter, the
+       and not, or much less, if we go?               most urgent class first.
+    5. Does a more urgent class wait elsewhere?       That model, once the turn has paid for the switches.
+    6. Are there jobs for a model that is ready?      Keep it, unless a short detour gains many times its price.
+    7. Otherwise                                      The model of the most urgent class; of several, that of the job
+                                                      that waits longest.
 
-    A model in quarantine gets no turn. A job whose age is unknown counts as new; ties go by name.
+    A model in quarantine gets no turn. In a fleet, a model that others serve is this worker's only if it is ready
+    here, or if a share of its jobs pays for the switch. A job whose age is unknown counts as new; ties go by name.
     """
     possible = [model for model in sorted(models) if not residency.is_quarantined(model, now)]
-    waiting = [model for model in possible if backlog.count(model)]
-    ready = sorted(
-        (r for r in residency.residents if r.level is Level.READY and r.model_id in possible), key=lambda r: r.model_id
+    ready = {r.model_id: r for r in residency.residents if r.level is Level.READY and r.model_id in possible}
+    loads = [
+        weigh(
+            model,
+            backlog.by_model[model],
+            known.paces.get(model),
+            ready=model in ready,
+            now=now,
+            switch_s=residency.switch_s.get(model, 0.0),
+            bound_s=max_wait_s,
+        )
+        for model in possible
+        if backlog.count(model)
+    ]
+    at_work = sorted((load for load in loads if load.ready), key=_by_age)
+    absent = sorted(
+        (load for load in loads if not load.ready and _is_ours(load, known.elsewhere.get(load.model_id, 0))),
+        key=_by_age,
     )
 
-    def age(model: str) -> float:
-        oldest_at = backlog.oldest_at(model)
-        return 0.0 if oldest_at is None else now - oldest_at
-
     # (1) Nothing waits.
-    if not waiting:
-        return _idle_turn(ready, starting if starting in possible else None)
+    if not at_work and not absent:
+        return _idle_turn(sorted(ready), starting if starting in possible else None)
 
-    at_work = sorted((r for r in ready if r.model_id in waiting), key=lambda r: (-age(r.model_id), r.model_id))
+    def age(load: Load) -> float:
+        return now - min(load.oldest_at, now)
 
     # (2) Room for one more.
-    longest = min(waiting, key=lambda model: (-age(model), model))
-    beside = [model for model in waiting if residency.residents and model in residency.beside]
+    beside = [load for load in absent if residency.residents and load.model_id in residency.beside]
+    longest = max((*absent, *at_work), key=age)
     if beside and (longest in beside or age(longest) <= max_wait_s):
-        first = min(beside, key=lambda model: (-age(model), model))
-        return Turn(
-            model_id=first, reason=f"{backlog.count(first)} of its jobs wait, and it fits beside what is loaded"
-        )
+        first = min(beside, key=lambda load: (-age(load), load.model_id))
+        return _turn(first, f"{first.count} of its jobs wait, and it fits beside what is loaded")
 
     # (3) A turn just begun.
-    if fresh := next((r for r in at_work if now - r.since < min_turn_s), None):
-        return Turn(model_id=fresh.model_id, reason=f"its turn began {now - fresh.since:.0f} s ago")
+    for load in at_work:
+        lasted_s = now - ready[load.model_id].since
+        least_s = min(min_turn_s, 2 * load.switch_s / _SWITCHING if load.switch_s else math.inf)
+        if lasted_s < least_s:
+            return _turn(load, f"its turn began {lasted_s:.0f} s ago", until=now - lasted_s + least_s)
 
-    # (4) Over the bound.
-    if age(longest) > max_wait_s:
-        return Turn(model_id=longest, reason=f"a job has waited {age(longest):.0f} s, the bound is {max_wait_s:.0f} s")
-
-    # (5) Collate.
-    if at_work:
-        first = at_work[0].model_id
-        return Turn(model_id=first, reason=f"{backlog.count(first)} of its jobs wait and it is ready")
-
-    # (6) Jobs that a switch would have to wait for.
-    full = len(residency.residents) >= residency.max_residents
-    if full and (busy := next((r for r in ready if r.in_flight), None)):
-        return Turn(
-            model_id=busy.model_id, reason=f"{busy.in_flight} of its jobs run, and a switch would wait for them"
-        )
-
-    # (7) Switch.
-    return Turn(model_id=longest, reason=f"{backlog.count(longest)} of its jobs wait, none for what is ready")
+    if not absent:
+        return _turn(at_work[0], f"{at_work[0].count} of its jobs wait and it is ready")
+    if not at_work:
+        return _next_turn(absent, now, max_wait_s)
+    since = ready[at_work[0].model_id].since
+    return _stay_or_leave(at_work, absent, now=now, since=since, max_wait_s=max_wait_s)
 
 
-def _idle_turn(ready: Sequence[Resident], starting: str | None) -> Turn:
+def _next_turn(absent: Sequence[Load], now: float, max_wait_s: float) -> Turn:
+    """Choose where no model that is ready has jobs."""
+    # (4) The bound and the deadlines.
+    due, go, stay = _foresee_both((), absent, now)
+    if due is not absent[0] and is_better(go, stay):
+        return _due_turn(due, go, now, max_wait_s)
+
+    # (7) The class, then the wait.
+    return _turn(absent[0], f"{absent[0].count} of its jobs wait, none for what is ready")
+
+
+def _stay_or_leave(
+    at_work: Sequence[Load], absent: Sequence[Load], *, now: float, since: float, max_wait_s: float
+) -> Turn:
+    """Choose where a model that is ready has jobs; its turn began at *since*."""
+    current, urgent = at_work[0], absent[0]
+    lasted_s = now - since
+
+    # (4) The bound and the deadlines.
+    due, go, stay = _foresee_both(at_work, absent, now)
+    presses = is_better(go, stay)
+    if presses and (go.slack_s <= _LEEWAY_S or due.due_at <= now + due.switch_s):
+        return _due_turn(due, go, now, max_wait_s)
+    until = now + max(_LEEWAY_S, min(go.slack_s, max_wait_s) / 2)
+
+    # (5) A more urgent class.
+    if urgent.job_class < current.job_class:
+        least_s = (current.switch_s + urgent.switch_s) / _SWITCHING
+        if lasted_s >= least_s:
+            return _turn(urgent, f"{urgent.count} of its jobs wait, some more urgent than any of {current.model_id}")
+        until = min(until, since + least_s)
+
+    # (6) Collate.
+    for other in absent:
+        if _pays(other, current, lasted_s):
+            return _turn(other, f"{other.count} short jobs wait: serving them first costs {current.model_id} little")
+    overload = "; overload: some job will be late in any order" if any(stay.late) and not presses else ""
+    return _turn(current, f"{current.count} of its jobs wait and it is ready{overload}", until=until)
+
+
+def _foresee_both(at_work: Sequence[Load], absent: Sequence[Load], now: float) -> tuple[Load, Foreseen, Foreseen]:
+    """Find the absent model that is due first, what going to it now would do, and what staying would."""
+    due, *others = sorted(absent, key=_by_due)
+    go = foresee([due, *sorted([*at_work, *others], key=_by_due)], now=now)
+    return due, go, foresee([*at_work, *absent], now=now)
+
+
+def _by_age(load: Load) -> tuple[int, float, str]:
+    return load.job_class, load.oldest_at, load.model_id
+
+
+def _by_due(load: Load) -> tuple[float, str]:
+    return load.due_at, load.model_id
+
+
+def _turn(load: Load, reason: str, *, until: float | None = None) -> Turn:
+    return Turn(model_id=load.model_id, reason=reason, until=until)
+
+
+def _idle_turn(ready: Sequence[str], starting: str | None) -> Turn:
     if ready:
-        return Turn(model_id=ready[0].model_id, reason="nothing waits; it stays ready")
+        return Turn(model_id=ready[0], reason="nothing waits; it stays ready")
     if starting is not None:
         return Turn(model_id=starting, reason="nothing waits; the model to start with")
     return Turn(model_id=None, reason="nothing waits, and no model can be loaded")
+
+
+def _is_ours(load: Load, others: int) -> bool:
+    """Does nobody else serve it, or does one worker more end its jobs sooner by more than the switch takes?"""
+    if not others:
+        return True
+    return load.work_s is not None and load.work_s / others - load.work_s / (others + 1) > load.switch_s
+
+
+def _pays(other: Load, current: Load, lasted_s: float) -> bool:
+    """Is a detour to the jobs of *other* short, and worth many times what it costs the jobs of *current*?"""
+    if other.work_s is None or current.work_s is None or other.job_class > current.job_class:
+        return False
+    switches_s = other.switch_s + current.switch_s
+    detour_s = switches_s + other.work_s
+    return (
+        detour_s <= _SMALL * current.work_s
+        and switches_s <= _SMALL * lasted_s
+        and other.count * current.work_s >= _PAYS * current.count * detour_s
+    )
+
+
+def _due_turn(due: Load, go: Foreseen, now: float, max_wait_s: float) -> Turn:
+    if due.due_at < due.oldest_at + max_wait_s:
+        why = f"a job should start within {max(0.0, due.due_at - now):.0f} s"
+    else:
+        why = f"a job has waited {now - due.oldest_at:.0f} s, the bound is {max_wait_s:.0f} s"
+    others_late = go.late > foresee([due], now=now).late
+    return _turn(due, f"{why}; overload: others will be late" if others_late else why)

@@ -1,0 +1,1 @@
+"""What would a policy do with this trace?"""

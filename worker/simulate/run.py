@@ -1,0 +1,197 @@
+"""
+Runs a trace on virtual time: events in order, and a policy that is asked where its answer can change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from worker.scheduling.pick import Turn
+from worker.simulate.costs import ModelCosts
+from worker.simulate.machine import Machine, Queue
+from worker.simulate.trace import TracedJob
+
+_END, _READY, _LOOK = range(3)  # kinds of events: a job ends, a switch is done, look at the queues again
+
+
+@dataclass(slots=True)
+class TurnTaken:
+    """One turn of one model on one worker; moments are seconds on the trace's clock."""
+
+    worker: str
+    model: str
+    asked_s: float
+    ready_s: float
+    reason: str
+    jobs: int = 0
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What became of a trace; lists go by the number of the job."""
+
+    jobs: Sequence[TracedJob]
+    starts: list[float]
+    ends: list[float]
+    turns: list[TurnTaken] = field(default_factory=list)
+    decisions: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What a policy sees."""
+
+    now: float  # seconds on the trace's clock
+    machine: Machine  # whose turn is decided
+    queues: Mapping[str, Queue]  # by model; those of all workers together
+    others: Sequence[Machine]  # the other workers
+    jobs: Sequence[TracedJob]
+
+    def arrival_s(self, number: int) -> float:
+        """When the job of this number came."""
+        return self.jobs[number].arrival_s
+
+
+Policy = Callable[[Sight], Turn]
+
+
+def simulate(
+    jobs: Sequence[TracedJob],
+    costs: Mapping[str, ModelCosts],
+    policy: Policy,
+    *,
+    workers: int = 1,
+    max_wait_s: float,
+    line: bool = False,
+) -> Run:
+    """
+    Run *jobs* to their end.
+
+    One model is ready at a time on each worker; a switch waits for the jobs in flight, then takes load_s (the first
+    time there) or wake_s. A job starts when a place is free and no other prompt is read. With *line*, jobs start in
+    the order of their arrival, whatever their model: FIFO.
+    """
+    return _Simulation(jobs, costs, policy, workers, max_wait_s, line=line).run()
+
+
+class _Simulation:
+    def __init__(
+        self,
+        jobs: Sequence[TracedJob],
+        costs: Mapping[str, ModelCosts],
+        policy: Policy,
+        workers: int,
+        max_wait_s: float,
+        *,
+        line: bool,
+    ) -> None:
+        self._jobs = jobs
+        self._policy = policy
+        self._line = line
+        waits = bytearray(len(jobs))
+        self._queues = {model: Queue(jobs, waits, max_wait_s, by_arrival=line) for model in costs}
+        self._machines = [Machine(f"worker{n + 1}", costs) for n in range(workers)]
+        self._turns: dict[int, TurnTaken] = {}  # of each machine, the newest
+        self._look_at = [0.0] * workers  # the moment of the newest _LOOK asked for
+        self._look: set[int] = set()  # machines whose policy must be asked
+        self._events: list[tuple[float, int, int]] = []  # moment, kind, machine
+        self._run = Run(jobs=jobs, starts=[0.0] * len(jobs), ends=[0.0] * len(jobs))
+        self._waiting = 0
+
+    def run(self) -> Run:
+        jobs, events = self._jobs, self._events
+        arrived, total = 0, len(jobs)
+        while arrived < total or events:
+            now = min(events[0][0] if events else math.inf, jobs[arrived].arrival_s if arrived < total else math.inf)
+            touched: set[int] = set()
+            while events and events[0][0] == now:
+                _, kind, which = heappop(events)
+                self._happen(kind, which, now)
+                touched.add(which)
+            while arrived < total and jobs[arrived].arrival_s == now:
+                self._arrive(arrived, touched)
+                arrived += 1
+            for which in touched:
+                self._advance(which, now)
+        return self._run
+
+    def _happen(self, kind: int, which: int, now: float) -> None:
+        machine = self._machines[which]
+        if kind == _END:
+            machine.running -= 1
+        elif kind == _READY:
+            machine.end(now)
+            self._turns[which].ready_s = now
+            self._look.add(which)
+        elif self._look_at[which] == now:
+            self._look.add(which)
+
+    def _arrive(self, number: int, touched: set[int]) -> None:
+        model = self._jobs[number].model
+        news = self._queues[model].put(number)
+        self._waiting += 1
+        for which, machine in enumerate(self._machines):
+            if machine.ready == model:
+                touched.add(which)
+            elif news or machine.ready is None or not self._queues[machine.ready]:
+                self._look.add(which)
+                touched.add(which)
+
+    def _advance(self, which: int, now: float) -> None:
+        machine = self._machines[which]
+        while machine.target is None:
+            if which in self._look:
+                self._look.discard(which)
+                self._decide(which, now)
+                if machine.target is not None:
+                    break
+            if not self._admit(which, now):
+                break
+        if machine.target is not None and not machine.loading and not machine.running:
+            heappush(self._events, (machine.begin(now), _READY, which))
+
+    def _admit(self, which: int, now: float) -> bool:
+        """Start jobs of the ready model; True if the policy must be asked again."""
+        machine = self._machines[which]
+        if machine.ready is None:
+            return False
+        queue = self._queues[machine.ready]
+        turn = self._turns[which]
+        while queue and machine.has_room():
+            if machine.reading_until > now:
+                heappush(self._events, (machine.reading_until, _LOOK, which))
+                return False
+            number = queue.take()
+            self._waiting -= 1
+            self._run.starts[number] = now
+            ends = self._run.ends[number] = machine.start(self._jobs[number], now)
+            turn.jobs += 1
+            heappush(self._events, (ends, _END, which))
+            if self._line or not queue:
+                self._look.add(which)
+                return self._waiting > 0
+        if not queue and self._waiting:
+            self._look.add(which)  # nothing to start, and others wait: every end may change the answer
+        return False
+
+    def _decide(self, which: int, now: float) -> None:
+        machine = self._machines[which]
+        others = [other for other in self._machines if other is not machine]
+        turn = self._policy(Sight(now=now, machine=machine, queues=self._queues, others=others, jobs=self._jobs))
+        self._run.decisions += 1
+        if turn.until is not None and turn.until > now and turn.model_id == machine.ready:
+            self._look_at[which] = turn.until
+            heappush(self._events, (turn.until, _LOOK, which))
+        if turn.model_id is None or turn.model_id == machine.ready:
+            return
+        machine.target = turn.model_id
+        taken = TurnTaken(machine.name, turn.model_id, now, now, turn.reason)
+        self._turns[which] = taken
+        self._run.turns.append(taken)
+        for other, _ in enumerate(others):  # what this worker leaves, or takes up, may change what the others do
+            which_other = other + (other >= which)
+            self._look_at[which_other] = now
+            heappush(self._events, (now, _LOOK, which_other))
