@@ -37,36 +37,41 @@ logger = get_logger(__name__)
 WAIT_S = 0.25  # seconds an idle consumer waits before it looks again: the delay a stock producer may see
 
 _WAKE_LENGTH = 8  # entries kept; only the newest id matters
+_POP_MOST = 64  # messages in one round trip
 
 # KEYS: the lists in the order to look, then unacked, unacked_index, unacked_owner, wake, malformed.
-# ARGV: owner, then per list "1" if its consumer acknowledges and "0" if not. The time is Redis's own.
-# Returns {list, message}, or {false, newest id of the wake stream}.
-# cjson only reads here: the message is stored as it came, since cjson would turn [] into {}.
+# ARGV: owner, how many messages at most, then per list "1" if its consumer acknowledges and "0" if not.
+# Returns {list, message, ...} of the first list that has any, or {false, newest id of the wake stream}.
+# The time is Redis's own. cjson only reads here: the message is stored as it came, since cjson would turn [] into {}.
 _POP = """
 local n = #KEYS - 5
 local unacked, index, owners, wake, malformed = KEYS[n+1], KEYS[n+2], KEYS[n+3], KEYS[n+4], KEYS[n+5]
+local most, now = tonumber(ARGV[2]), redis.call('TIME')[1]
 for i = 1, n do
-  local raw = redis.call('LINDEX', KEYS[i], -1)
-  while raw do
+  local taken = {KEYS[i]}
+  while #taken <= most do
+    local raw = redis.call('LINDEX', KEYS[i], -1)
+    if not raw then break end
     local ok, message = pcall(cjson.decode, raw)
     local properties = ok and type(message) == 'table' and message['properties']
     local delivery = type(properties) == 'table' and properties['delivery_info']
     local tag = type(delivery) == 'table' and properties['delivery_tag']
     if type(tag) == 'string' and type(delivery['exchange']) == 'string'
        and type(delivery['routing_key']) == 'string' then
-      if ARGV[1+i] == '1' then
+      if ARGV[2+i] == '1' then
         redis.call('HSET', unacked, tag, '[' .. raw .. ',' .. cjson.encode(delivery['exchange'])
                                              .. ',' .. cjson.encode(delivery['routing_key']) .. ']')
-        redis.call('ZADD', index, redis.call('TIME')[1], tag)
+        redis.call('ZADD', index, now, tag)
         redis.call('HSET', owners, tag, ARGV[1])
       end
       redis.call('RPOP', KEYS[i])
-      return {KEYS[i], raw}
+      taken[#taken + 1] = raw
+    else
+      redis.call('RPOPLPUSH', KEYS[i], malformed)
+      redis.call('LTRIM', malformed, 0, 999)
     end
-    redis.call('RPOPLPUSH', KEYS[i], malformed)
-    redis.call('LTRIM', malformed, 0, 999)
-    raw = redis.call('LINDEX', KEYS[i], -1)
   end
+  if #taken > 1 then return taken end
 end
 local newest = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', 1)
 return {false, newest[1] and newest[1][1] or '0'}
@@ -107,6 +112,7 @@ redis.call('LTRIM', KEYS[4], 0, 999)
 _DELIVERIES = (keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER)
 
 _open_channels: WeakSet[Channel] = WeakSet()
+_acknowledged: set[str] = set()  # tags that a script has taken off the books, and kombu has not yet been told of
 
 
 def deliveries_in_flight() -> set[str]:
@@ -122,6 +128,11 @@ def deliveries_in_flight() -> set[str]:
             }
         except RuntimeError:  # changed while we looked
             continue
+
+
+def acknowledged_already(tag: str) -> None:
+    """Note that a script of ours has taken *tag* off the books: the `ack` that follows needs no round trip."""
+    _acknowledged.add(tag)
 
 
 class QoS(stock.QoS):
@@ -145,6 +156,9 @@ class QoS(stock.QoS):
         super(stock.QoS, self).ack(delivery_tag)
 
     def _forget(self, tag: str) -> None:
+        if tag in _acknowledged:
+            _acknowledged.discard(tag)
+            return
         with self.channel.conn_or_acquire() as client:
             client.eval(_ACK, 3, *_DELIVERIES, tag, self.channel.owner)
 
@@ -214,8 +228,13 @@ class Channel(stock.Channel):
         acknowledged = ["0" if queue in self._no_ack_queues else "1" for _, queue in wanted]
         connection.send_command(
             "EVAL", _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
-            self.owner, *acknowledged,
+            self.owner, self._room(len(queues)), *acknowledged,
         )  # fmt: skip
+
+    def _room(self, queues: int) -> int:
+        """How many messages one queue may give now: no more than is free, and a share of that beside others."""
+        free = self.qos.can_consume_max_estimate()
+        return _POP_MOST if free is None else max(1, min(_POP_MOST, free // queues))
 
     def _brpop_read(self, **_options: Any) -> bool:
         waited, self._waiting = self._waiting, False
@@ -233,19 +252,22 @@ class Channel(stock.Channel):
                 raise Empty from None
             if waited:
                 raise Empty
-            name, item = reply
+            name, *items = reply
             if not name:
-                self._waiting, self._wake_id = True, bytes_to_str(item)
+                self._waiting, self._wake_id = True, bytes_to_str(items[0])
                 raise Empty
-            queue = bytes_to_str(name).rsplit(self.sep, 1)[0]
-            self._queue_cycle.rotate(queue)
-            message = self._readable(item)
-            if message is None:
-                raise Empty
-            self.connection._deliver(message, queue)
-            return True
         finally:
             self._in_poll = None
+        queue = bytes_to_str(name).rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        messages = [message for item in items if (message := self._readable(item)) is not None]
+        if queue not in self.connection._callbacks:  # cancelled meanwhile: each goes back to the head, the first last
+            messages.reverse()
+        for message in messages:
+            self.connection._deliver(message, queue)
+        if not messages:
+            raise Empty
+        return True
 
     def _readable(self, item: Any) -> Any:
         """
@@ -271,7 +293,7 @@ class Channel(stock.Channel):
         with self.conn_or_acquire() as client:
             name, item = client.eval(
                 _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
-                self.owner, *("1" for _ in lists),
+                self.owner, 1, *("1" for _ in lists),
             )  # fmt: skip
         if not name:
             raise Empty
@@ -286,7 +308,7 @@ class Channel(stock.Channel):
 
     def _put(self, queue: str, message: Any, **_kwargs: Any) -> None:
         priority = self._get_message_priority(message, reverse=False)
-        with self.conn_or_acquire() as client, client.pipeline() as pipe:
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
             pipe.lpush(self._q_for_pri(queue, priority), dumps(message))
             if lifetime_ms := (self._expires or {}).get(queue):  # reply queues of Celery's remote control
                 for step in self.priority_steps:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -15,8 +15,9 @@ from celery import Celery, bootsteps, signals
 from celery.worker.control import Panel
 from kombu import Queue
 
+from worker.delivery.lane import Lane
 from worker.delivery.lease import Lease
-from worker.delivery.pool import TaskPool, leaving, running
+from worker.delivery.pool import leaving, pool_with, running
 
 _LOOK_EVERY_S = 0.05  # for the end of the last running job, while the process leaves
 
@@ -31,6 +32,8 @@ class ConsumerProcess:
         What Celery, Flower and `celery inspect` know the process by.
     own_queues
         Consumed from the start; a worker's model queues are added while it runs.
+    lanes
+        By task name: who takes up the plain runs of that task, many at once.
     grace_s
         How long running jobs may take after the process was told to stop; then they go back to their queue.
     on_leaving
@@ -46,6 +49,7 @@ class ConsumerProcess:
         concurrency: int,
         grace_s: float,
         own_queues: Sequence[str] = (),
+        lanes: Mapping[str, Lane] | None = None,
         steps: Sequence[type[bootsteps.StartStopStep]] = (),
         on_leaving: Callable[[], None] = lambda: None,
     ) -> None:
@@ -55,6 +59,7 @@ class ConsumerProcess:
         self._concurrency = concurrency
         self._own_queues = frozenset(own_queues)
         self._grace_s = grace_s
+        self._lanes = lanes or {}
         self._on_leaving = on_leaving
         self._hurry = False
         app.steps["consumer"].update(steps)
@@ -71,9 +76,11 @@ class ConsumerProcess:
         signals.setup_logging.connect(_leave_logging_alone, weak=False)
         signals.worker_ready.connect(self._listen_for_the_end, weak=False)
         self._lease.start()
+        for lane in self._lanes.values():
+            lane.start()
         worker = self._app.Worker(
             hostname=self._name,
-            pool_cls=TaskPool,
+            pool_cls=pool_with(self._lanes),
             concurrency=self._concurrency,
             loglevel=logging.getLogger().level,
             without_gossip=True,

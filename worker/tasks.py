@@ -24,6 +24,7 @@ from common.logs import get_logger
 from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, SwitchStage
 from worker.delivery.pool import signal_of
 from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, RouteAgain, StaysHere, outcome_of
+from worker.jobs.submit_lane import shown
 from worker.residency.switcher import Switcher
 from worker.routing.router import Router
 from worker.scheduling.redis_queues import QUEUED_AT_HEADER
@@ -33,7 +34,6 @@ logger = get_logger(__name__)
 REDIS_AWAY = (redis.RedisError, OperationalError, ConnectionError)
 _REDIS_AWAY_PAUSE_S = 1.0  # before the message goes back: no busy loop while Redis says no
 _NO_OFFERS_PAUSE_S = 0.5  # before a job that nobody can route yet goes back to its queue
-_SHOWN_CHARS = 60  # of a model's name in Flower
 
 
 def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
@@ -168,7 +168,7 @@ def _generate_signature(app: Celery, request: JobRequest, route: Route) -> Any:
         queue=keys.model_queue(route.model),
         priority=request.priority,
         headers={QUEUED_AT_HEADER: time.time()},
-        argsrepr=f"({request.kind.name.lower()}, {len(request.text)} characters, {route.model:.{_SHOWN_CHARS}})",
+        argsrepr=shown(request, route),
         kwargsrepr="{}",
     )
 

@@ -39,6 +39,7 @@ from worker.catalog.spec import EngineKind, ModelSpec
 from worker.catalog.toml_file import load_catalogue
 from worker.catalog.weight_files import weight_files
 from worker.delivery.lease import Lease
+from worker.delivery.redis_steps import RedisSteps
 from worker.engines.base import Engine
 from worker.engines.llamacpp_server import LlamaCppEngine, find_server
 from worker.engines.llamacpp_server import find_version as find_llamacpp_version
@@ -50,7 +51,9 @@ from worker.engines.vllm_server import VllmServerEngine, find_python, find_versi
 from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
 from worker.jobs.cloud_lane import CloudLane, StandIn
+from worker.jobs.job_lane import JobLane
 from worker.jobs.runner import JobLimits, JobRunner
+from worker.jobs.submit_lane import SubmitLane
 from worker.memory.measured import LoadKey, Measured, Measurement, device_name, engine_name
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
@@ -234,11 +237,15 @@ def run_router(settings: Settings) -> int:
     gate = Gate(limits=settings.limit, egress=settings.egress, webhooks=settings.webhook.secret is not None)
     router = Router(store=store, offers=lambda: _offered(client), rules=rules, gate=gate)
     add_submit_task(app, router, store)
+    steps = RedisSteps(
+        patient, app, owner=owner, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes
+    )
     process = ConsumerProcess(
         app=app,
         name=name,
         lease=_lease(app, settings, owner),
         concurrency=_ROUTER_THREADS,
+        lanes={keys.SUBMIT_TASK: SubmitLane(router, steps).lane},
         grace_s=settings.worker.soft_shutdown_s,
         own_queues=[keys.SUBMIT_QUEUE],
         steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
@@ -370,12 +377,17 @@ class _Worker:
         )
         add_generate_task(self._app, runner, store)
         add_switch_task(self._app, self._switcher, self._stage_changed)
+        redis_steps = RedisSteps(
+            patient, self._app, owner=owner, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes
+        )
+        name = process_name("worker", settings)
         self._process = ConsumerProcess(
             app=self._app,
-            name=process_name("worker", settings),
+            name=name,
             lease=_lease(self._app, settings, owner),
             concurrency=settings.worker.concurrency,
             grace_s=settings.worker.soft_shutdown_s,
+            lanes={keys.GENERATE_TASK: JobLane(runner, redis_steps, hostname=name).lane},
             steps=[
                 consumer.step(),
                 control_lane(keys.control_queue(self._name)),

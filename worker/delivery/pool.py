@@ -1,5 +1,5 @@
 """
-A Celery threads pool whose running jobs can be told to stop, with a lane of its own for the switch task.
+A Celery threads pool whose running jobs can be told to stop, with lanes for the tasks that need no thread each.
 
 Celery's threads pool enforces no time limit, cannot end a job, and raises NotImplementedError in a soft
 shutdown (celery 5.7.0). Here every run carries a StopSignal: `revoke(terminate=True)`, a time limit and a
@@ -10,8 +10,8 @@ signal runs on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -21,10 +21,12 @@ from celery.exceptions import Reject
 
 from common import keys
 from common.logs import get_logger
+from worker.delivery.lane import Lane, Run, headers_of, plain_args
 from worker.engines.base import StopSignal
 
 logger = get_logger(__name__)
 
+_LEAVE_S = 10.0  # for the runs that are left when the pool stops
 leaving = threading.Event()  # set as soon as this process is told to stop: what is ended then is given back
 
 _handles: dict[str, Handle] = {}  # by task id, while it runs: Celery itself keeps only a weak reference
@@ -47,6 +49,7 @@ class Handle(thread.ApplyResult):
 
     def __init__(self, signal: StopSignal) -> None:
         self.signal = signal
+        self.in_lane = False
 
     def attach(self, future: Future[Any]) -> None:
         """Take the future of the run, once it is submitted."""
@@ -58,7 +61,13 @@ class Handle(thread.ApplyResult):
 
 
 class TaskPool(thread.TaskPool):
-    """Threads for jobs, and one thread more for switches, which never wait behind them."""
+    """
+    Threads for jobs, and one thread more for switches, which never wait behind them.
+
+    The plain runs of a task that has a lane (see lane.py) go there.
+    """
+
+    lanes: Mapping[str, Lane] = {}  # by task name; see `pool_with`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,15 +109,41 @@ class TaskPool(thread.TaskPool):
                 if timer is not None:
                     timer.cancel()
 
-        lane = self._switch_lane if args and args[0] == keys.SWITCH_TASK else self.executor
-        future = lane.submit(run)
-        future.add_done_callback(lambda _done: _forget(correlation_id, handle))  # also if it never ran
+        def ordinary() -> None:
+            threads = self._switch_lane if args and args[0] == keys.SWITCH_TASK else self.executor
+            ended = threads.submit(run)
+            ended.add_done_callback(lambda _done: future.set_result(None))  # also if it never ran
+
+        future: Future[None] = Future()
+        future.add_done_callback(lambda _done: _forget(correlation_id, handle))
         handle.attach(future)
+        lane = self.lanes.get(args[0]) if args else None
+        plain = plain_args(args) if lane is not None and not limit_s else None
+        if lane is None or plain is None:
+            ordinary()
+            return handle
+        handle.in_lane, request = True, args[2]
+        lane.put(
+            Run(
+                task_id=correlation_id,
+                headers=headers_of(request),
+                properties=request["properties"],
+                args=plain,
+                signal=signal,
+                on_accepted=accept_callback or _nothing,
+                on_success=callback or _nothing,
+                on_failure=error_callback or _nothing,
+                ordinary=ordinary,
+                ended=future,
+            )
+        )
         return handle
 
     def on_stop(self) -> None:
         """Wait for the runs that are left; they were told to stop or are ending."""
         self._switch_lane.shutdown(cancel_futures=True)
+        # A lane may need a thread for its last runs yet.
+        wait([handle.f for handle in list(_handles.values()) if handle.in_lane], timeout=_LEAVE_S)
         super().on_stop()
 
     def on_terminate(self) -> None:
@@ -116,6 +151,14 @@ class TaskPool(thread.TaskPool):
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Do nothing: *pid* is this whole process; the run itself is told through its handle."""
+
+
+def pool_with(lanes: Mapping[str, Lane]) -> type[TaskPool]:
+    """Build the pool class that Celery makes its pool of, with *lanes* by task name."""
+    return type("TaskPool", (TaskPool,), {"lanes": lanes})
+
+
+def _nothing(*_: Any) -> None: ...
 
 
 def _forget(task_id: str, handle: Handle) -> None:

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from common.errors import EngineFailed
 from worker.catalog.spec import EngineKind
@@ -123,6 +123,37 @@ class StopSignal:
     def wait(self, timeout: float) -> bool:
         """Wait up to *timeout* seconds; True if the job should stop."""
         return self._event.wait(timeout)
+
+
+Read = Callable[[], Completion]  # gives what came of a request, or raises as `Engine.generate` does
+OnAnswer = Callable[[Read], object]
+
+
+class Channel(Protocol):
+    """A way to ask one ready model many things at once, without a thread for each."""
+
+    def ask(self, call: Call, stop: StopSignal, done: OnAnswer) -> Callable[[], object]:
+        """
+        Send one request and return; *done* is called once with what came of it, from any thread, and must not block.
+
+        Calling what is returned gives the request up: it ends as one that took longer than `call.timeout_s`, which is
+        the caller's to watch.
+
+        Raises
+        ------
+        JobStopped
+            *stop* was set already; *done* is not called.
+        """
+        ...
+
+
+@runtime_checkable
+class HasChannels(Protocol):
+    """An engine that can be asked without a thread."""
+
+    def channel(self, model_id: str) -> Channel | None:
+        """Give the way to ask a ready model; None if this one has none."""
+        ...
 
 
 class Engine(Protocol):

@@ -23,6 +23,7 @@ import threading
 import traceback
 from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import huggingface_hub.constants
 import torch
@@ -40,6 +41,7 @@ from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 
 from worker.engines import vllm_sleep
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
+from worker.engines.vllm_routes import answer_directly
 
 if current_platform.is_cpu():
     pass
@@ -103,6 +105,7 @@ async def _serve(connection: socket.socket, order: Order) -> None:
     engine = AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
+    app.middleware_stack = None  # it was built with what is taken out here
     app.user_middleware.clear()  # cross-origin rules, metrics and keys are for HTTP; nobody but the worker is here
     await init_app_state(engine, app.state, args, tasks)
     gc.collect()
@@ -243,6 +246,7 @@ class _Requests(asyncio.Protocol):
         self._unpacker = Unpacker()
         self._calls: dict[int, _HttpCall] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: WeakValueDictionary[int, asyncio.Task[None]] = WeakValueDictionary()
         self._waiting: list[bytes] = []
 
     def connection_made(self, transport: Any) -> None:
@@ -255,9 +259,12 @@ class _Requests(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for frame in self._unpacker.feed(data):
             if frame.kind == Kind.ASK:
-                self._begin(self._answer(frame))
-            elif frame.kind == Kind.ABORT and (call := self._calls.get(frame.number)):
-                call.hang_up()
+                self._answers[frame.number] = self._begin(self._answer(frame))
+            elif frame.kind == Kind.ABORT:
+                if (call := self._calls.get(frame.number)) is not None:
+                    call.hang_up()
+                elif (task := self._answers.get(frame.number)) is not None:
+                    task.cancel()
             elif frame.kind == Kind.PING:
                 self._begin(self._pong(frame.number))
             elif frame.kind == Kind.SLEEP:
@@ -271,10 +278,11 @@ class _Requests(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         self._waiting.append(pack(frame))
 
-    def _begin(self, work: Any) -> None:
+    def _begin(self, work: Any) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _flush(self) -> None:
         self._transport.write(b"".join(self._waiting))
@@ -282,6 +290,10 @@ class _Requests(asyncio.Protocol):
 
     async def _answer(self, frame: Frame) -> None:
         path, _, body = frame.body.partition(b"\n")
+        answer = await answer_directly(self._app.state, path.decode(), body)
+        if answer is not None:
+            self.send(Frame(Kind.ANSWER, frame.number, b"%d\n%b" % answer))
+            return
         call = self._calls[frame.number] = _HttpCall(
             path.decode(), body, on_event=lambda data: self.send(Frame(Kind.EVENT, frame.number, data))
         )

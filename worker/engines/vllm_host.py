@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -34,7 +34,19 @@ from common.errors import (
 )
 from worker.catalog.spec import EngineKind
 from worker.engines.assemble import complete, join
-from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, Loaded, OnChunk, StopSignal
+from worker.engines.base import (
+    Call,
+    Channel,
+    Completion,
+    Engine,
+    EngineState,
+    JobStopped,
+    Loaded,
+    OnAnswer,
+    OnChunk,
+    Read,
+    StopSignal,
+)
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 from worker.engines.environment import engine_environment
 from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory
@@ -198,6 +210,10 @@ class VllmHostEngine:
         if self.state(model_id) is not EngineState.READY:
             raise EngineNotReady(f"{model_id} is {self.state(model_id)} on this worker; the job waits for its turn.")
         return engine.generate(call, stop)
+
+    def channel(self, model_id: str) -> Channel | None:
+        """Give the way to ask without a thread; see `Engine`."""
+        return self._engines.get(model_id)
 
     def close(self) -> None:
         """Stop every model and the host; see `Engine`."""
@@ -383,27 +399,51 @@ class _HostedEngine:
 
     def generate(self, call: Call, stop: StopSignal) -> Completion:
         """Answer one request; see `Engine`."""
+        answered = Future[Read]()
+        expire = self.ask(call, stop, answered.set_result)
+        try:
+            read = answered.result(call.timeout_s)
+        except TimeoutError:
+            expire()
+            read = answered.result()
+        return read()
+
+    def ask(self, call: Call, stop: StopSignal, done: OnAnswer) -> Callable[[], object]:
+        """Send one request; see `Channel`."""
         if stop.reason is not None:
             raise JobStopped(stop.reason)
         began = time.monotonic()
         stream = None if call.on_chunk is None else _Stream(call.on_chunk)
         number, answer = self._send(Kind.ASK, call.path.encode() + b"\n" + json.dumps(call.body).encode(), stream)
-        stop.on_stop(answer.cancel)
-        try:
-            status, _, content = answer.result(call.timeout_s).partition(b"\n")
-        except CancelledError:
-            raise JobStopped(stop.reason or "") from None
-        except TimeoutError:
-            raise EngineTimeout(
-                f"The engine did not answer within {call.timeout_s:g} s. Ask for fewer tokens, or raise JOB_TIMEOUT_S."
-            ) from None
-        finally:
+
+        def expire() -> None:
+            with suppress(InvalidStateError):  # it has just been answered
+                answer.set_exception(
+                    EngineTimeout(
+                        f"The engine did not answer within {call.timeout_s:g} s. Ask for fewer tokens, or raise "
+                        "JOB_TIMEOUT_S."
+                    )
+                )
+
+        def settled(_: Future[bytes]) -> None:
             if self._waiting.pop(number, None) is not None:
                 self._transmit(Frame(Kind.ABORT, number))  # given up, for whatever reason
-        run_s = time.monotonic() - began
-        if stream is not None and stream.began:
-            return completion_of(stream.whole(), run_s=run_s)
-        return interpret(status=int(status), content=content, run_s=run_s)
+            run_s = time.monotonic() - began
+
+            def read() -> Completion:
+                try:
+                    status, _, content = answer.result().partition(b"\n")
+                except CancelledError:
+                    raise JobStopped(stop.reason or "") from None
+                if stream is not None and stream.began:
+                    return completion_of(stream.whole(), run_s=run_s)
+                return interpret(status=int(status), content=content, run_s=run_s)
+
+            done(read)
+
+        answer.add_done_callback(settled)
+        stop.on_stop(answer.cancel)
+        return expire
 
     def fall_asleep(self, level: Level, *, timeout_s: float) -> None:
         """Give back its card's memory; from then on it is not ready. Raises EngineFailed."""

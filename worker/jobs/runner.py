@@ -24,7 +24,17 @@ from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from worker.catalog.spec import EngineKind
-from worker.engines.base import Call, Completion, Engine, EngineState, JobStopped, StopSignal
+from worker.engines.base import (
+    Call,
+    Channel,
+    Completion,
+    Engine,
+    EngineState,
+    HasChannels,
+    JobStopped,
+    Read,
+    StopSignal,
+)
 from worker.engines.http import CONNECT_S
 from worker.jobs.cloud_lane import StandIn
 from worker.jobs.token_writer import TokenWriter
@@ -70,6 +80,17 @@ class _Run:
     delivery: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ran:
+    """A run that has come back from its engine, and is not stored yet."""
+
+    job_id: str
+    request: JobRequest
+    ledger: Ledger
+    stop: StopSignal
+    read: Read  # gives what the engine answered, or raises
+
+
 class JobRunner:
     """Runs jobs on the models that are ready; called from many threads at once."""
 
@@ -93,7 +114,8 @@ class JobRunner:
         self._limits = limits
         self._switch_seconds = switch_seconds
         self._stand_in = stand_in
-        self._tokens = TokenWriter(store)
+        self.tokens = TokenWriter(store)
+        self._ran: dict[str, Ran] = {}  # by delivery
         self._running: dict[str, _Run] = {}  # by job id
 
     def hand_back(self, model_id: str) -> None:
@@ -114,6 +136,7 @@ class JobRunner:
 
         The questions, in order:
 
+        0. Has a lane run it already?               Then only its end is left.
         1. Has it ended already?                    Give the stored outcome: this is a second delivery.
         2. Did somebody cancel it?                  Cancelled.
         3. Has its deadline passed?                 Expired.
@@ -129,6 +152,9 @@ class JobRunner:
         HandBack, RouteAgain, StaysHere, DuplicateDelivery
             There is no outcome; what must happen to the message.
         """
+        if (ran := self._ran.pop(delivery, None)) is not None:
+            return self._conclude(ran)
+
         # (1) Ended already.
         ended = self._store.outcome(job_id)
         if ended is not None:
@@ -136,7 +162,7 @@ class JobRunner:
 
         view = self._store.view(job_id)
         started = utc_now()
-        ledger = self._ledger(route).model_copy(update={"attempt": view.attempts, "queued_at": view.queued_at})
+        ledger = self.ledger(route, attempt=view.attempts, queued_at=view.queued_at)
 
         # (2) Cancelled. (3) Expired.
         if job_id in self._store.asked_to_cancel([job_id]):
@@ -146,33 +172,85 @@ class JobRunner:
 
         try:
             # (4) Its engine, ready for as long as it runs.
-            with self._ready_engine(job_id, request, route) as engine, self._alone(job_id, route, stop, delivery):
+            with self.enter(job_id, request, route, stop, delivery) as engine:
                 # (5) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
                 if attempt is None:
                     raise DuplicateDelivery
                 # (6) Generate.
-                ledger = ledger.model_copy(update={"attempt": attempt, **self._waited(view.queued_at, started)})
-                completion = self._generate(engine, job_id, request, route, stop, now=started, attempt=attempt)
-        except EngineNotReady:
-            stop.wait(_NOT_READY_PAUSE_S)
-            raise self._handed_back(job_id) from None
-        except Unavailable as error:
-            return self._end(job_id, ledger, self._fault(job_id, request, error))
-        except JobStopped as stopped:
-            return self._end(job_id, ledger, self._stopped(job_id, stopped.reason))
-        except PromptTooLong as error:
-            return self._end(job_id, ledger, self._too_long(job_id, ledger, error))
-        except ShiftworkerError as error:
-            return self._end(job_id, ledger, error)
-        return self._answered(job_id, ledger, completion)
+                ledger = self.ledger(route, attempt=attempt, queued_at=view.queued_at, started=started)
+                call = self.call(job_id, request, route, attempt=attempt, started=started)
+                try:
+                    completion = engine.generate(route.model, call, stop)
+                finally:
+                    if request.stream:
+                        self.tokens.flush()  # before the end is stored: nothing is added to a stream behind it
+        except (ShiftworkerError, JobStopped) as error:
+            return self._failed(job_id, request, ledger, stop, error)
+        return self._finish(answered(job_id, ledger, completion))
 
-    def _ledger(self, route: Route) -> Ledger:
-        """What is known of the job before it runs."""
-        ledger = Ledger(model=route.model, complexity=route.complexity, why=route.why, worker=self._worker)
-        if self._stand_in is None or route.cloud is None:
-            return ledger
-        return ledger.model_copy(update={"cloud": self._stand_in.cloud.model, "why": f"{route.why}; {route.cloud}"})
+    # --- What a lane does step by step: see job_lane.py --------------------------------------------------
+
+    def channel(self, route: Route) -> Channel | None:
+        """Give the way to ask the job's engine without a thread; None if it has none, or the job runs elsewhere."""
+        placement = self._placements.get(route.model)
+        if placement is None or route.cloud is not None:
+            return None
+        engine = self._engines[placement.spec.engine]
+        return engine.channel(route.model) if isinstance(engine, HasChannels) else None
+
+    def runs(self, job_id: str) -> bool:
+        """Does the job run here now?"""
+        return job_id in self._running
+
+    @contextmanager
+    def enter(
+        self, job_id: str, request: JobRequest, route: Route, stop: StopSignal, delivery: str
+    ) -> Iterator[Engine]:
+        """Give the engine that answers the job, ready for as long as it runs; `run` says what it raises."""
+        with self._ready_engine(job_id, request, route) as engine, self._alone(job_id, route, stop, delivery):
+            yield engine
+
+    def call(self, job_id: str, request: JobRequest, route: Route, *, attempt: int, started: datetime) -> Call:
+        """Say what to ask of the engine."""
+        timeout_s = self._limits.timeout_s
+        if request.deadline is not None:
+            timeout_s = min(timeout_s, (request.deadline - started).total_seconds())
+        return Call(
+            path=request.kind,
+            body=request.engine_body(route.model),
+            timeout_s=timeout_s,
+            on_chunk=self.tokens.listener(job_id, attempt) if request.stream else None,
+        )
+
+    def ledger(
+        self, route: Route, *, attempt: int, queued_at: datetime | None, started: datetime | None = None
+    ) -> Ledger:
+        """Say what is known of the job before its engine has answered; it may not have *started*."""
+        cloud, why = None, route.why
+        if self._stand_in is not None and route.cloud is not None:
+            cloud, why = self._stand_in.cloud.model, f"{route.why}; {route.cloud}"
+        waited: dict[str, float] = {}
+        if queued_at is not None and started is not None:
+            waited["waited_s"] = round(max(timedelta(), started - queued_at).total_seconds(), 4)
+            waited["switch_s"] = round(self._switch_seconds(queued_at, started), 4)
+        return Ledger(
+            model=route.model, complexity=route.complexity, why=why, cloud=cloud, worker=self._worker,
+            attempt=attempt, queued_at=queued_at, **waited,
+        )  # fmt: skip
+
+    def leave_the_end(self, delivery: str, ran: Ran) -> None:
+        """Keep what a lane could not end by itself, for the `run` of the same delivery that follows."""
+        self._ran[delivery] = ran
+
+    def _conclude(self, ran: Ran) -> Outcome:
+        if ran.request.stream:
+            self.tokens.flush()
+        try:
+            completion = ran.read()
+        except (ShiftworkerError, JobStopped) as error:
+            return self._failed(ran.job_id, ran.request, ran.ledger, ran.stop, error)
+        return self._finish(answered(ran.job_id, ran.ledger, completion))
 
     @contextmanager
     def _ready_engine(self, job_id: str, request: JobRequest, route: Route) -> Iterator[Engine]:
@@ -209,32 +287,6 @@ class JobRunner:
         self._store.note_handed_back(job_id)
         return StaysHere(reason)
 
-    def _generate(
-        self,
-        engine: Engine,
-        job_id: str,
-        request: JobRequest,
-        route: Route,
-        stop: StopSignal,
-        *,
-        now: datetime,
-        attempt: int,
-    ) -> Completion:
-        timeout_s = self._limits.timeout_s
-        if request.deadline is not None:
-            timeout_s = min(timeout_s, (request.deadline - now).total_seconds())
-        call = Call(
-            path=request.kind,
-            body=request.engine_body(route.model),
-            timeout_s=timeout_s,
-            on_chunk=self._tokens.listener(job_id, attempt) if request.stream else None,
-        )
-        try:
-            return engine.generate(route.model, call, stop)
-        finally:
-            if request.stream:
-                self._tokens.flush()  # before the end is stored: nothing is added to a stream behind it
-
     @contextmanager
     def _alone(self, job_id: str, route: Route, stop: StopSignal, delivery: str) -> Iterator[None]:
         """
@@ -254,11 +306,20 @@ class JobRunner:
         finally:
             del self._running[job_id]
 
-    def _waited(self, queued_at: datetime | None, started: datetime) -> dict[str, float]:
-        if queued_at is None:
-            return {}
-        waited = max(timedelta(), started - queued_at).total_seconds()
-        return {"waited_s": round(waited, 4), "switch_s": round(self._switch_seconds(queued_at, started), 4)}
+    def _failed(
+        self, job_id: str, request: JobRequest, ledger: Ledger, stop: StopSignal, error: ShiftworkerError | JobStopped
+    ) -> Outcome:
+        """What an attempt without an answer means for the job: its end, or another attempt."""
+        if isinstance(error, EngineNotReady):
+            stop.wait(_NOT_READY_PAUSE_S)
+            raise self._handed_back(job_id) from None
+        if isinstance(error, JobStopped):
+            error = self._stopped(job_id, error.reason)
+        elif isinstance(error, Unavailable):
+            error = self._fault(job_id, request, error)
+        elif isinstance(error, PromptTooLong):
+            error = self._too_long(job_id, ledger, error)
+        return self._end(job_id, ledger, error)
 
     def _fault(self, job_id: str, request: JobRequest, error: Unavailable) -> ShiftworkerError:
         """What an engine's death or silence means for the job: another attempt, or the end."""
@@ -302,21 +363,6 @@ class JobRunner:
         self._store.note_handed_back(job_id)
         return HandBack()
 
-    def _answered(self, job_id: str, ledger: Ledger, completion: Completion) -> Outcome:
-        measured = ledger.model_copy(
-            update={
-                "prefill_s": completion.prefill_s,
-                "decode_s": completion.decode_s,
-                "run_s": round(completion.run_s, 4),
-                "prompt_tokens": completion.prompt_tokens,
-                "completion_tokens": completion.completion_tokens,
-                "finished_at": utc_now(),
-            }
-        )
-        return self._finish(
-            Outcome(job_id=job_id, state=JobState.ANSWERED, response=dict(completion.response), ledger=measured)
-        )
-
     def _end(self, job_id: str, ledger: Ledger, error: ShiftworkerError) -> Outcome:
         return self._finish(outcome_of(error, job_id, ledger.model_copy(update={"finished_at": utc_now()})))
 
@@ -324,6 +370,21 @@ class JobRunner:
         kept = self._store.finish(outcome)
         logger.info("jobs.ended", job_id=kept.job_id, state=kept.state, model_id=kept.ledger.model)
         return kept
+
+
+def answered(job_id: str, ledger: Ledger, completion: Completion) -> Outcome:
+    """The outcome of a job that its engine has just answered."""
+    measured = ledger.model_copy(
+        update={
+            "prefill_s": completion.prefill_s,
+            "decode_s": completion.decode_s,
+            "run_s": round(completion.run_s, 4),
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": completion.completion_tokens,
+            "finished_at": utc_now(),
+        }
+    )
+    return Outcome(job_id=job_id, state=JobState.ANSWERED, response=dict(completion.response), ledger=measured)
 
 
 def outcome_of(error: ShiftworkerError, job_id: str, ledger: Ledger) -> Outcome:

@@ -1,0 +1,194 @@
+"""
+Takes many jobs one step further in one round trip: routed, begun, ended; each job's step is one script.
+
+A step moves the job and its message together. It refuses what is not plain (the job has ended, somebody cancelled it,
+another copy is in flight): then nothing has happened, and the task's ordinary way finds out what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery, states
+
+from common import keys
+from common.job_ends import END, HOLD, end_args, end_keys, hold_args
+from common.may_enter import Entry
+from common.redis_client import RedisClient
+from common.schemas import JobState, Outcome, utc_now
+
+# KEYS: outcome, job's hash, unacked, unacked_index, unacked_owner, held, tenants, the list to put it on.
+# ARGV: tag, owner, message, lifetime in seconds, now, the job's id, `hold_args`, then fields of the hash.
+# Returns 1 if it was moved, 0 if the job has ended or its tenant has no room, -1 if the delivery is another's now.
+_ROUTE = (
+    HOLD
+    + """
+if redis.call('HGET', KEYS[5], ARGV[1]) ~= ARGV[2] then return -1 end
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+if ARGV[7] ~= '' and hold(KEYS[6], KEYS[7], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11]) then return 0 end
+redis.call('HSETNX', KEYS[2], 'queued_at', ARGV[5])
+redis.call('HSET', KEYS[2], unpack(ARGV, 12))
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+redis.call('LPUSH', KEYS[8], ARGV[3])
+redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call('ZREM', KEYS[4], ARGV[1])
+redis.call('HDEL', KEYS[5], ARGV[1])
+return 1
+"""
+)
+
+# KEYS: outcome, cancel mark, job's hash, unacked, the job's stream, Celery's result.
+# ARGV: tag, lifetime in seconds, the state to set, Celery's copy of it, its lifetime.
+# As RedisJobStore.begin. Returns {attempt, queued_at}, or false.
+_BEGIN = """
+if redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 then return false end
+local found = redis.call('HMGET', KEYS[3], 'claim', 'queued_at', 'stream')
+if found[1] and found[1] ~= ARGV[1] and redis.call('HEXISTS', KEYS[4], found[1]) == 1 then return false end
+redis.call('HSET', KEYS[3], 'claim', ARGV[1], 'state', ARGV[3])
+redis.call('EXPIRE', KEYS[3], ARGV[2])
+local attempt = redis.call('HINCRBY', KEYS[3], 'attempts', 1)
+if found[3] then
+  redis.call('XADD', KEYS[5], 'MAXLEN', 1, '*', 'kind', 'reset', 'attempt', attempt)
+  redis.call('EXPIRE', KEYS[5], ARGV[2])
+end
+redis.call('SETEX', KEYS[6], ARGV[5], ARGV[4])
+redis.call('PUBLISH', KEYS[6], ARGV[4])
+return {attempt, found[2] or ''}
+"""
+
+# KEYS: `end_keys`; unacked, unacked_index, unacked_owner, Celery's result.
+# ARGV: `end_args`; tag, owner, Celery's copy, its lifetime in seconds.
+# Returns 1, or 0 if the job had an outcome already.
+_END = (
+    END
+    + """
+if end_job() then return 0 end
+local tag, owner, result, ttl = unpack(ARGV, 8)
+redis.call('SETEX', KEYS[13], ttl, result)
+redis.call('PUBLISH', KEYS[13], result)
+if redis.call('HGET', KEYS[12], tag) == owner then
+  redis.call('HDEL', KEYS[10], tag)
+  redis.call('ZREM', KEYS[11], tag)
+  redis.call('HDEL', KEYS[12], tag)
+end
+return 1
+"""
+)
+
+_DELIVERIES = (keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """A job on its way to a model's queue."""
+
+    job_id: str
+    delivery: str
+    message: str  # as it lies in the queue
+    to: str  # the list
+    fields: Mapping[str, str | float]  # of the job's hash
+    entry: Entry | None = None  # what it holds until it ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A job at the start of an attempt."""
+
+    attempt: int
+    queued_at: float | None  # Unix seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A job with its outcome, and Celery's copy of it."""
+
+    delivery: str
+    outcome: Outcome
+    parent_id: str | None
+
+
+class RedisSteps:
+    """
+    The three steps, for many jobs at once. Every method may raise redis.RedisError; then each job may or may not have
+    made its step, and the ordinary way finds out.
+    """
+
+    def __init__(
+        self, client: RedisClient, app: Celery, *, owner: str, ttl_s: float, max_bytes: int | None = None
+    ) -> None:
+        self._redis = client
+        self._backend = app.backend
+        self._owner = owner
+        self._ttl_s = int(ttl_s)
+        self._max_bytes = max_bytes
+        self._result_ttl_s = int(self._backend.expires or ttl_s)
+        self._route = client.register_script(_ROUTE)
+        self._begin = client.register_script(_BEGIN)
+        self._end = client.register_script(_END)
+
+    def route(self, jobs: Sequence[Routed], *, now: float) -> list[int]:
+        """Put each job's message on its list and acknowledge the one it came with: 1, 0 or -1, see _ROUTE."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job in jobs:
+                fields = [part for pair in job.fields.items() for part in pair]
+                self._route(
+                    keys=[
+                        keys.outcome(job.job_id), keys.job(job.job_id), *_DELIVERIES, keys.HELD, keys.TENANTS, job.to,
+                    ],
+                    args=[
+                        job.delivery, self._owner, job.message, self._ttl_s, now, job.job_id, *hold_args(job.entry),
+                        *fields,
+                    ],
+                    client=pipe,
+                )  # fmt: skip
+            pipe.xadd(keys.WAKE, {"q": ""}, maxlen=8, approximate=False)
+            return [int(found) for found in pipe.execute()[:-1]]
+
+    def begin(self, jobs: Mapping[str, str], *, hostname: str) -> dict[str, Begun | None]:
+        """Start an attempt of each job (id -> delivery), on *hostname* as Celery tells it; None where it must not."""
+        started = {"pid": os.getpid(), "hostname": hostname}
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id, delivery in jobs.items():
+                self._begin(
+                    keys=[
+                        keys.outcome(job_id), keys.cancel(job_id), keys.job(job_id), keys.UNACKED, keys.stream(job_id),
+                        self._backend.get_key_for_task(job_id),
+                    ],
+                    args=[
+                        delivery, self._ttl_s, JobState.RUNNING,
+                        _meta(job_id, states.STARTED, started), self._result_ttl_s,
+                    ],
+                    client=pipe,
+                )  # fmt: skip
+            found = pipe.execute()
+        return {
+            job_id: Begun(attempt=int(reply[0]), queued_at=float(reply[1]) if reply[1] else None) if reply else None
+            for job_id, reply in zip(jobs, found, strict=True)
+        }
+
+    def end(self, jobs: Sequence[Ended]) -> list[bool]:
+        """Store each job's outcome and acknowledge its message; False where it had one, and nothing has changed."""
+        done_at = utc_now().isoformat()
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job in jobs:
+                job_id, parent = job.outcome.job_id, {"parent_id": job.parent_id} if job.parent_id else {}
+                result = _meta(job_id, states.SUCCESS, job.outcome.result(), date_done=done_at, **parent)
+                self._end(
+                    keys=[*end_keys(job_id), *_DELIVERIES, self._backend.get_key_for_task(job_id)],
+                    args=[
+                        *end_args(job.outcome, ttl_s=self._ttl_s, max_bytes=self._max_bytes),
+                        job.delivery, self._owner, result, self._result_ttl_s,
+                    ],
+                    client=pipe,
+                )  # fmt: skip
+            return [bool(found) for found in pipe.execute()]
+
+
+def _meta(job_id: str, status: str, result: Mapping[str, Any], **more: str) -> str:
+    """What Celery's backend stores of a task (celery/backends/base.py, _get_result_meta)."""
+    common: dict[str, Any] = {"traceback": None, "children": [], "date_done": None, "task_id": job_id}
+    return json.dumps({"status": status, "result": result, **common, **more})
