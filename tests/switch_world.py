@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import EngineDied
-from common.schemas import SwitchRecord
+from common.schemas import SwitchRecord, SwitchTime
 from tests.factories import GIB, make_machine, make_placement, make_spec
 from worker.catalog.spec import EngineKind, ModelSpec
-from worker.engines.base import Call, Completion, Loaded, StopSignal
+from worker.engines.base import Call, Completion, EngineState, Loaded, StopSignal
 from worker.engines.stub import StubEngine
 from worker.hardware.gpu import Machine
 from worker.memory.measured import Measured
@@ -22,6 +22,7 @@ from worker.residency.check import LoadLimits
 from worker.residency.parts import SwitchLimits
 from worker.residency.switcher import Switcher
 from worker.selection.placement import Placement
+from worker.state.backlog import Backlog
 from worker.state.residency import Level, Residency
 
 LIMITS = SwitchLimits(
@@ -32,11 +33,12 @@ LIMITS = SwitchLimits(
 class TellingEngine(StubEngine):
     """A stub that writes down what it was asked, and fails as it is told to."""
 
-    def __init__(self, deeds: list[str], *, load_s: float = 0.0) -> None:
-        super().__init__(load_s=load_s)
+    def __init__(self, deeds: list[str], *, load_s: float = 0.0, wake_s: Mapping[Level, float] | None = None) -> None:
+        super().__init__(load_s=load_s, wake_s=wake_s)
         self._deeds = deeds
         self.load_errors: list[Exception] = []  # one for each of the next loads
         self.stop_errors: list[Exception] = []  # and stops
+        self.sleep_errors: list[Exception] = []  # and times of falling asleep
         self.on_load: Callable[[], object] = lambda: None
         self.canary: Callable[[Completion], Completion] = lambda completion: completion
         self.loaded: Callable[[Loaded], Loaded] = lambda loaded: loaded
@@ -45,13 +47,20 @@ class TellingEngine(StubEngine):
         self.calls: list[Call] = []
 
     def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
-        self._deeds.append(f"load {placement.model_id}")
+        asleep = self.state(placement.model_id) is EngineState.ASLEEP
+        self._deeds.append(f"{'wake' if asleep else 'load'} {placement.model_id}")
         self.placements.append(placement)
         self.timeouts.append(timeout_s)
         if self.load_errors:
             raise self.load_errors.pop(0)
         self.on_load()
         return self.loaded(super().ensure_ready(placement, timeout_s=timeout_s))
+
+    def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:
+        self._deeds.append(f"{level} {model_id}")
+        if self.sleep_errors:
+            raise self.sleep_errors.pop(0)
+        super().ensure_asleep(model_id, level, timeout_s=timeout_s)
 
     def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
         self._deeds.append(f"stop {model_id}")
@@ -87,11 +96,14 @@ class World:
     epoch: int = 0
     load_s: float = 0.0
     load_speed: float | None = None
+    wake_s: Mapping[Level, float] | None = None  # None = the engine cannot sleep
+    times: tuple[SwitchTime, ...] = ()
+    backlog: Backlog = field(default_factory=Backlog)
     waits: Callable[[str], bool] = lambda _model_id: False  # do jobs wait for it that another model may answer?
 
     def __post_init__(self) -> None:
         self.board = ResidencyBoard(capacity=self.capacity, cards={0: self.capacity}, max_residents=self.max_residents)
-        self.engine = TellingEngine(self.deeds, load_s=self.load_s)
+        self.engine = TellingEngine(self.deeds, load_s=self.load_s, wake_s=self.wake_s)
         self.switcher = Switcher(
             board=self.board,
             placements=self.placements,
@@ -103,6 +115,8 @@ class World:
             record=self._record,
             measured=self._measured,
             load_speed=lambda: self.load_speed,
+            times=lambda: self.times,
+            backlog=lambda: self.backlog,
             substitutable=self.waits,
             epoch=self.epoch,
             pause=lambda seconds: self.deeds.append(f"pause {seconds:g}"),

@@ -16,11 +16,19 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from common.errors import EngineDied, EngineNotReady, EngineTimeout, InvalidRequest, LoadFailed, PromptTooLong
+from common.errors import (
+    EngineDied,
+    EngineFailed,
+    EngineNotReady,
+    EngineTimeout,
+    InvalidRequest,
+    LoadFailed,
+    PromptTooLong,
+)
 from common.settings import LlamaCppSettings
 from tests.factories import make_placement, make_spec
 from tests.fakes.cloud_server import CloudServer
-from tests.vllm_here import vllm_python
+from tests.vllm_here import cuda_python, on_card, vllm_python
 from tests.waiting import eventually
 from worker.catalog.local import read_facts
 from worker.catalog.spec import EngineKind, ModelSpec
@@ -36,6 +44,7 @@ from worker.engines.vllm_server import VllmServerEngine
 from worker.memory.estimate_llamacpp import LlamaCppEstimate, LlamaCppOptions, estimate_llamacpp
 from worker.selection.fit_llamacpp import gguf_model
 from worker.selection.placement import Placement
+from worker.state.residency import Level
 
 LENGTH = 32768  # tokens; long enough that a request runs for a minute on a tiny model, however quick the machine
 SLOTS = 4
@@ -62,6 +71,11 @@ class Kit:
         """Have the model ready, whatever the test before left."""
         self.revive()
         self.engine.ensure_ready(self.placement, timeout_s=START_S)
+
+    def asleep(self, level: Level | None = None) -> None:
+        """Have the model fall asleep, at its first level if none is named."""
+        level = level or self.engine.sleep_levels(self.placement)[0]
+        self.engine.ensure_asleep(self.model_id, level, timeout_s=START_S)
 
     def ask(
         self,
@@ -102,8 +116,9 @@ class Kit:
 
 
 def stub_kit(_: Path) -> Kit:
-    engine = StubEngine(load_s=0.01, run_s=0.5)
-    placement = make_placement("stub", spec=make_spec("stub", engine=EngineKind.STUB), max_model_len=LENGTH)
+    engine = StubEngine(load_s=0.01, run_s=0.5, sleep_s=0.01, wake_s={Level.ASLEEP_1: 0.01, Level.ASLEEP_2: 0.02})
+    spec = make_spec("stub", engine=EngineKind.STUB)
+    placement = make_placement("stub", spec=spec, max_model_len=LENGTH, gpus=(0,))
     return Kit(
         engine=engine,
         placement=placement,
@@ -112,8 +127,10 @@ def stub_kit(_: Path) -> Kit:
     )
 
 
-def server_kit(engine: Engine, spec: ModelSpec, *, guards: int = 1) -> Kit:
-    placement = make_placement(spec.id, spec=spec, max_model_len=LENGTH, max_num_seqs=SLOTS, kv_cache_bytes=256 * 2**20)
+def server_kit(engine: Engine, spec: ModelSpec, *, guards: int = 1, placement: Placement | None = None) -> Kit:
+    placement = placement or make_placement(
+        spec.id, spec=spec, max_model_len=LENGTH, max_num_seqs=SLOTS, kv_cache_bytes=256 * 2**20
+    )
 
     def workers() -> list[psutil.Process]:
         """The engine's processes without a guard of its own; the last ones compute."""
@@ -157,6 +174,15 @@ def vllm_host_kit(folder: Path) -> Kit:
     return server_kit(vllm_host(folder), tiny_hf(folder), guards=0)
 
 
+def vllm_card_kit(folder: Path) -> Kit:
+    """As `vllm_host_kit`, on a card, with the vLLM that VLLM_PYTHON names."""
+    engine = VllmHostEngine(
+        run_dir=folder / "run", files_of=files_of, python=cuda_python(), several_cards=StubEngine(), sleeps=True
+    )
+    spec = tiny_hf(folder)
+    return server_kit(engine, spec, guards=0, placement=on_card(spec, max_model_len=LENGTH))
+
+
 def remote_kit(folder: Path) -> Kit:
     """What an OpenAI-compatible endpoint is, with a key: llama.cpp's server, on TCP, in a process that is not ours."""
     model = make_tiny_gguf(folder / "tiny.gguf", context=LENGTH)
@@ -187,6 +213,9 @@ KITS = [
 ]
 
 
+SLEEPERS = [pytest.param(stub_kit, id="stub"), pytest.param(vllm_card_kit, id="vllm-card", marks=pytest.mark.gpu)]
+
+
 @pytest.fixture(scope="module", params=KITS)
 def kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
     """One engine for all tests of this page: vLLM takes half a minute to start."""
@@ -194,6 +223,14 @@ def kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     yield made
     made.engine.close()
     made.end()
+
+
+@pytest.fixture(scope="module", params=SLEEPERS)
+def sleeper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    """One engine that can put its model to sleep, for all tests of sleep."""
+    made: Kit = request.param(tmp_path_factory.mktemp("engine"))
+    yield made
+    made.engine.close()
 
 
 @pytest.fixture
@@ -253,6 +290,63 @@ def test_a_load_says_what_memory_it_took(kit: Kit) -> None:
     assert resident / 2 < loaded.rss_bytes <= resident + 64 * 2**20
     if kit.engine.kind is EngineKind.VLLM:
         assert loaded.measured.kv_tokens == kit.placement.kv_cache_bytes // 1024
+
+
+def test_no_engine_says_that_it_could_sleep_without_a_card(kit: Kit) -> None:
+    """Known before anything is asked of it."""
+    assert kit.engine.sleep_levels(replace(kit.placement, gpus=())) == ()
+
+
+def test_asleep_and_awake_again_it_answers_the_same(sleeper: Kit) -> None:
+    """At each of its levels, in the same processes; asleep it takes no request, and asked again it sleeps on."""
+    levels = sleeper.engine.sleep_levels(sleeper.placement)
+    assert levels
+    for level in levels:
+        sleeper.ready()
+        before, loaded = sleeper.ask(), sleeper.engine.ensure_ready(sleeper.placement, timeout_s=START_S)
+        sleeper.asleep(level)
+        sleeper.asleep(level)
+        assert sleeper.engine.state(sleeper.model_id) is EngineState.ASLEEP
+        with pytest.raises(EngineNotReady):
+            sleeper.ask()
+
+        woken = sleeper.engine.ensure_ready(sleeper.placement, timeout_s=START_S)
+        assert (woken.level, woken.pids) == (level, loaded.pids)
+        assert sleeper.ask().response["choices"] == before.response["choices"]
+
+
+def test_a_sleeper_of_another_plan_is_started_anew(sleeper: Kit) -> None:
+    """It would have the wrong length."""
+    sleeper.ready()
+    sleeper.asleep()
+    other = replace(sleeper.placement, max_model_len=LENGTH // 2)
+
+    assert not sleeper.engine.ensure_ready(other, timeout_s=START_S).level.asleep
+    sleeper.engine.ensure_stopped(sleeper.model_id, timeout_s=20)
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_sleeper_that_has_ended_does_not_wake(sleeper: Kit, how: str) -> None:
+    """Its next start is one from its files."""
+    sleeper.ready()
+    sleeper.asleep()
+    if how == "killed":
+        sleeper.kill()
+    else:
+        sleeper.engine.ensure_stopped(sleeper.model_id, timeout_s=20)
+    gone = EngineState.DEAD if how == "killed" else EngineState.STOPPED
+    eventually(lambda: sleeper.engine.state(sleeper.model_id) is gone, within_s=10, what="the sleeper has ended")
+
+    assert not sleeper.engine.ensure_ready(sleeper.placement, timeout_s=START_S).level.asleep
+
+
+def test_what_is_not_ready_does_not_fall_asleep(sleeper: Kit) -> None:
+    """A stopped model is no sleeper."""
+    sleeper.engine.ensure_stopped(sleeper.model_id, timeout_s=20)
+
+    with pytest.raises(EngineFailed):
+        sleeper.asleep()
+    assert sleeper.engine.state(sleeper.model_id) is EngineState.STOPPED
 
 
 @pytest.mark.parametrize(

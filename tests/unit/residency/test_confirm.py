@@ -100,3 +100,28 @@ def test_a_failed_load_owes_what_was_free_before_it() -> None:
 def test_a_card_that_is_gone_owes_nothing() -> None:
     """The check before the load says that it is gone."""
     assert confirm_freed(Owed(model_id="m", pids=(7,), free={0: GIB}), make_machine()) == ()
+
+
+@pytest.mark.parametrize(
+    ("freed", "back", "lacks"),
+    [(10, 10, False), (10, 9.6, False), (10, 9, True), (10, 0, True), (1, 0.8, False), (1, 0.7, True), (0, 0, False)],
+)
+def test_a_sleeper_must_give_back_what_it_slept_for(freed: float, back: float, lacks: bool) -> None:  # noqa: FBT001
+    """Its process still holds something: only what is free is looked at. Rows of GiB; 5 % or 256 MiB are noise."""
+    awake = machine(6, 24, processes={0: {7: 18}})
+    owed = owed_after_sleep("m", awake, (0,), int(freed * GIB))
+    asleep = machine(6 + back, 24, processes={0: {7: 18 - int(back)}})
+
+    assert bool(confirm_freed(owed, asleep)) == lacks
+
+
+def test_what_is_held_follows_a_model_through_its_sleep() -> None:
+    """Loaded 18 GiB, asleep 2, awake 18 again: each time what its end must give back."""
+    free, awake, asleep = machine(24), machine(6), machine(22)
+    held = shifted(Held(pids=(7,)), free, awake, (0,))
+    assert held.taken == {0: 18 * GIB}
+
+    held = shifted(held, awake, asleep, (0,))
+    assert (held.pids, held.taken) == ((7,), {0: 2 * GIB})
+    assert shifted(held, asleep, awake, (0,)).taken == {0: 18 * GIB}
+    assert shifted(held, awake, free, (0,)).taken == {0: 0}, "less than nothing is not held"

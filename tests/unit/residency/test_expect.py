@@ -12,7 +12,7 @@ import pytest
 
 from common.schemas import SwitchRecord, SwitchTime
 from tests.factories import GIB
-from worker.residency.expect import allow_s, average, expect_switch_s, load_speed
+from worker.residency.expect import allow_s, average, expect_at_most_s, expect_switch_s, load_speed
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -100,6 +100,28 @@ def test_another_level_is_another_kind_of_switch() -> None:
 
 
 @pytest.mark.parametrize(
+    ("measured", "level", "expected"),
+    [
+        ({}, "cold", None),
+        ({"cold": 60}, "cold", 60),
+        ({"cold": 60}, "spare", 60),
+        ({"cold": 60, "spare": 20}, "asleep_1", 20),
+        ({"cold": 60, "asleep_2": 9, "asleep_1": 2}, "asleep_2", 9),
+        ({"cold": 60, "asleep_2": 9, "asleep_1": 2}, "asleep_1", 2),
+        ({"asleep_1": 2}, "asleep_2", None),  # a lighter sleep says nothing of a deeper one
+        ({"spare": 20}, "cold", None),
+    ],
+)
+def test_what_was_never_measured_takes_at_most_what_a_colder_start_took(
+    measured: dict[str, float], level: str, expected: float | None
+) -> None:
+    """Rows of seconds by level, asked for a switch from a to b."""
+    times = [known("a", "b", seconds, level=kind) for kind, seconds in measured.items()]
+
+    assert expect_at_most_s(times, "a", "b", level=level) == expected
+
+
+@pytest.mark.parametrize(
     ("times", "speed"),
     [
         ([], None),
@@ -107,6 +129,7 @@ def test_another_level_is_another_kind_of_switch() -> None:
         ([known(None, "a", load_s=0)], None),
         ([known(None, "a", load_s=2, level="asleep_1")], None),  # nothing came from the disk
         ([known(None, "a", load_bytes=100, load_s=10), known("a", "b", load_bytes=9000, load_s=30)], 300),
+        ([known(None, "a", load_bytes=100, load_s=10, level="spare")], 10),  # from the files too
     ],
 )
 def test_the_load_speed_is_that_of_the_largest_load(times: list[SwitchTime], speed: float | None) -> None:

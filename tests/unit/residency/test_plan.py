@@ -10,7 +10,8 @@ from itertools import combinations, combinations_with_replacement, permutations,
 
 import pytest
 
-from worker.residency.plan import SwitchPlan, fitting_beside, plan_switch
+from worker.residency.plan import Sleeping, SwitchPlan, fitting_beside, plan_switch
+from worker.residency.settle import Rest
 from worker.state.residency import HOST, Level, Residency, Resident, by_place
 
 CAPACITY = 10
@@ -251,3 +252,104 @@ def test_what_no_single_place_holds_changes_nothing(need: Mapping[int, int], rea
     """Though all cards together would have the bytes."""
     for world in CARD_WORLDS[::7]:
         assert plan_switch(world, "new", need) == SwitchPlan(reason=reason)
+
+
+# --- Asleep ------------------------------------------------------------------------------------------------
+
+ONE = Level.ASLEEP_1
+SMALL = Rest(level=ONE, held={0: 1, HOST: 3})
+
+
+def sleeper(model_id: str) -> Resident:
+    return Resident(model_id=model_id, level=ONE, bytes=1, since=0.0, gpus=(0,), host_bytes=3)
+
+
+def asleep_worlds() -> list[Residency]:
+    """Up to four residents of a card of 10 and a host of 8, each awake with 2 or 5 bytes, or asleep with 1 and 3."""
+    kinds: list[int | None] = [2, 5, None]
+    found = []
+    for count in range(5):
+        for row in combinations_with_replacement(kinds, count):
+            residents = tuple(
+                sleeper(name) if size is None else resident(name, size) for name, size in zip("abcd", row, strict=False)
+            )
+            for places in (1, 2):
+                world = Residency(capacity=8, cards={0: 10}, max_residents=places, residents=residents)
+                if min(world.free().values()) >= 0 and len(world.awake) <= places:
+                    found.append(world)
+    return found
+
+
+ASLEEP_WORLDS = asleep_worlds()
+PLANS = [
+    Sleeping(rests=dict.fromkeys(names, (SMALL,)), order=order, most=most, host_bytes=host)
+    for names, order, most, host in product(("", "ab", "abcd"), ("abcd", "dcba"), (0, 1, 3), (None, 5))
+]
+
+
+def played(world: Residency, plan: SwitchPlan) -> Residency:
+    """The world after *plan*, before the model is made ready."""
+    levels = dict(plan.sleep)
+    stays = without(world, (*plan.stop, "new")).residents
+    return replace(world, residents=tuple(sleeper(r.model_id) if r.model_id in levels else r for r in stays))
+
+
+@pytest.mark.parametrize("size", [2, 7, 9])
+def test_the_model_fits_beside_what_sleeps(size: int) -> None:
+    """Played on a copy: what sleepers keep of the card is counted, and so is what they hold of the host."""
+    for world, sleeping in product(ASLEEP_WORLDS, PLANS):
+        after = played(world, plan_switch(world, "new", on_card(size), sleeping))
+        assert size <= after.free()[0], (world, sleeping)
+        assert len(after.awake) < world.max_residents
+        asleep = [r for r in after.residents if r.level.asleep]
+        assert len(asleep) <= sleeping.most
+        assert sum(r.host_bytes for r in asleep) <= (8 if sleeping.host_bytes is None else sleeping.host_bytes)
+
+
+@pytest.mark.parametrize("size", [2, 7, 9])
+def test_nothing_that_is_awake_leaves_for_the_sake_of_a_sleeper(size: int) -> None:
+    """Who is awake stays or leaves as if no one slept; sleepers only take what is left."""
+    for world, sleeping in product(ASLEEP_WORLDS, PLANS):
+        plan = plan_switch(world, "new", on_card(size), sleeping)
+        alone = plan_switch(replace(world, residents=world.awake), "new", on_card(size))
+        awake = {r.model_id for r in world.awake}
+        assert {*plan.stop, *dict(plan.sleep)} & awake == {*alone.stop}, (world, plan, alone)
+
+
+@pytest.mark.parametrize("size", [2, 7, 9])
+def test_no_sleeper_ends_while_there_is_room_for_it(size: int) -> None:
+    """Each that ended would be one too many: too many asleep, too much of the card, or of the host."""
+    for world, sleeping in product(ASLEEP_WORLDS, PLANS):
+        plan = plan_switch(world, "new", on_card(size), sleeping)
+        after = played(world, plan)
+        asleep = [r for r in after.residents if r.level.asleep]
+        host = (8 if sleeping.host_bytes is None else sleeping.host_bytes) - sum(r.host_bytes for r in asleep)
+        for gone in (r for r in world.residents if r.model_id in plan.stop and r.level.asleep):
+            fits = len(asleep) < sleeping.most and after.free()[0] - size >= gone.bytes and host >= gone.host_bytes
+            assert not fits, (world, sleeping, plan)
+
+
+def test_a_model_that_sleeps_is_not_stopped_to_be_woken() -> None:
+    """It is made ready in its place; its own residue and weights do not stand in its way."""
+    world = Residency(capacity=8, cards={0: 10}, max_residents=1, residents=(sleeper("new"), resident("a", 9)))
+    sleeping = Sleeping(rests={"a": (SMALL,)}, order=("new", "a"), most=2)
+
+    assert plan_switch(world, "new", on_card(9), sleeping) == SwitchPlan(
+        sleep=(("a", ONE),), start="new", reason="new takes the place of a, a falls asleep (asleep_1)"
+    )
+
+
+def test_a_sleeper_ends_when_another_needs_its_room_more() -> None:
+    """Of two that sleep, the one that is needed later; and it is said."""
+    world = Residency(capacity=8, cards={0: 10}, max_residents=1, residents=(sleeper("a"), sleeper("b")))
+    sleeping = Sleeping(order=("b", "a"), most=2)
+
+    plan = plan_switch(world, "new", on_card(9), sleeping)
+    assert (plan.stop, plan.reason) == (("a",), "nothing is loaded, a slept and ends")
+
+
+def test_what_fits_beside_may_end_sleepers_and_nothing_else() -> None:
+    """A model whose jobs wait is made ready at once where only sleepers stand in its way."""
+    world = Residency(capacity=8, cards={0: 10}, max_residents=2, residents=(resident("a", 4), sleeper("b")))
+
+    assert fitting_beside(world, {"c": on_card(6), "d": on_card(7)}) == {"c"}

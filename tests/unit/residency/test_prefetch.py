@@ -15,7 +15,7 @@ from worker.state.residency import Level, Quarantine, Residency, Resident, Switc
 
 NOW = 1000.0
 NOTHING = Residency(capacity=9, max_residents=2)
-STANDINGS = ("absent", "ready", "starting", "stopping", "quarantined", "forgiven")
+STANDINGS = ("absent", "ready", "starting", "stopping", "asleep_1", "asleep_2", "quarantined", "forgiven")
 WAITS = (None, (1, 990.0), (5, 900.0), (2, None))  # how many jobs, since when; None = nobody says
 
 
@@ -24,7 +24,7 @@ def world(standings: tuple[str, ...], waits: tuple[tuple[int, float | None] | No
     residents = tuple(
         Resident(model_id=name, level=Level(standing), bytes=1, since=0)
         for name, standing in zip(names, standings, strict=True)
-        if standing in ("ready", "starting", "stopping")
+        if standing in set(Level)
     )
     untils = {"quarantined": NOW + 1, "forgiven": NOW - 1}
     quarantined = {
@@ -45,14 +45,14 @@ WORLDS = [(standings, waits) for standings in product(STANDINGS, repeat=2) for w
 
 
 def test_it_is_the_model_that_is_loaded_next() -> None:
-    """Absent, with jobs, not just failed; of several the one whose job waits longest, an unknown age last."""
+    """Weights in files only, with jobs, not just failed; of several the job that waits longest, unknown age last."""
     for standings, waits in WORLDS:
         backlog, residency = world(standings, waits)
         chosen = choose_prefetch(backlog, residency, "abc"[: len(standings)], spare_bytes=7, now=NOW)
         ages = {
             name: (NOW - wait[1] if wait[1] is not None else -1.0)
             for name, standing, wait in zip("abc", standings, waits, strict=False)
-            if wait and standing in ("absent", "forgiven")
+            if wait and standing in ("absent", "forgiven", "asleep_2")
         }
         if ages:
             assert chosen.model_id == min(ages, key=lambda name: (-ages[name], name)), (standings, waits)
