@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import gethostname
@@ -25,6 +25,7 @@ from common.celery_app import create_app
 from common.errors import EngineMissing, Misconfigured
 from common.fleet import read_alive, read_offers
 from common.logs import get_logger
+from common.may_reach import Allowed
 from common.redis_client import RedisClient, connect, wait_until_there
 from common.redis_job_store import RedisJobStore
 from common.schemas import OfferedModel, utc_now
@@ -81,6 +82,7 @@ from worker.tasks import add_generate_task, add_submit_task, add_switch_task
 from worker.telemetry.redis_measured import RedisMeasurements
 from worker.telemetry.redis_status import RedisStatus
 from worker.telemetry.redis_switch_times import RedisSwitchTimes
+from worker.webhooks.sender import WebhookSender
 from worker.world import WorkerWorld
 
 logger = get_logger(__name__)
@@ -250,7 +252,15 @@ def run_router(settings: Settings) -> int:
         own_queues=[keys.SUBMIT_QUEUE],
         steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
     )
-    return process.run()
+    with _webhooks(settings):
+        return process.run()
+
+
+def _webhooks(settings: Settings) -> AbstractContextManager[object]:
+    """What sends webhooks; nothing without a secret to sign them with."""
+    if settings.webhook.secret is None:
+        return nullcontext()
+    return WebhookSender(settings.redis.url, settings.webhook, Allowed.parse(settings.egress.allow))
 
 
 def _offered(client: RedisClient) -> tuple[OfferedModel, ...]:
