@@ -137,7 +137,7 @@ class Loader:
         """Go on from the model's files; *error* is why it did not wake."""
         model_id = self.placement.model_id
         self.ran_short.append(error.message)
-        logger.warning("residency.colder", model_id=model_id, level=self.level, reason=error.message)
+        logger.warning("residency.colder", model_id=model_id, asleep=self.level, reason=error.message)
         if self._parts.board.read().resident(model_id) is not None:
             self._unloader.stop(model_id)
         self._attempts_before = self.attempts

@@ -87,7 +87,7 @@ class Parts:
 
     def ban(self, model_id: str, level: Level, reason: str) -> None:
         """Never put *model_id* to sleep at *level* again."""
-        logger.error("residency.sleeps_no_more", model_id=model_id, level=level, reason=reason)
+        logger.error("residency.sleeps_no_more", model_id=model_id, asleep=level, reason=reason)
         self.board.ban(model_id, level, reason)
 
     def count_standby(self) -> None:

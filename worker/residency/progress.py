@@ -70,7 +70,9 @@ class Progress:
             level=level,
             load_bytes=weights_of(placement),
         )
-        logger.info("residency.switched", **record.model_dump(mode="json", exclude={"at"}))
+        logger.info(
+            "residency.switched", from_level=record.level, **record.model_dump(mode="json", exclude={"at", "level"})
+        )
         if outcome != "stale":
             stage = SwitchStage.READY if outcome == "ready" else SwitchStage.FAILED
             self.tell(self._parts.record, record)

@@ -14,6 +14,7 @@ from worker.state.residency import Level, Resident, by_place
 # PyTorch rounds each block of pinned memory up to a power of two (CachingHostAllocator): 7B weights may take twice
 # their bytes of the host.
 _PINNED_AT_MOST = 2
+_UNKNOWN = 1e-9  # seconds: less than anything that was measured, and more than nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +90,12 @@ def rank_levels(
     Put first the level that saves most; leave out what saves nothing.
 
     A level saves *start_s*, what the model's start takes if it has ended, less its wake and the falling asleep, as
-    far as they were measured. What was never measured is tried first, the lighter sleep before the deeper.
+    far as they were measured. What was never measured comes after what is known to pay, the lighter sleep first.
     """
 
     def saved(level: Level) -> float:
         if start_s is None or level not in wake_s:
-            return float("inf")
+            return _UNKNOWN
         return start_s - wake_s[level] - sleep_s.get(level, 0.0)
 
     return tuple(sorted((level for level in levels if saved(level) > 0), key=lambda level: (-saved(level), level)))

@@ -101,7 +101,7 @@ class Unloader:
         parts.learned.sleep_s[model_id, level] = seconds
         parts.learned.asleep_bytes[model_id, level] = host_bytes
         self._board.put(replace(resident, level=level, bytes=on_card, host_bytes=host_bytes, since=time.time()))
-        logger.info("residency.asleep", model_id=model_id, level=level, seconds=round(seconds, 3), host=host_bytes)
+        logger.info("residency.asleep", model_id=model_id, asleep=level, seconds=round(seconds, 3), host=host_bytes)
 
     def note_deaths(self) -> tuple[str, ...]:
         """Take engines that died by themselves off the board; returns their models. Cheap; call it often."""

@@ -24,7 +24,7 @@ def place_model(
 
     The questions, in order:
 
-    1. Is it a stub?                       It needs nothing.
+    1. Is it a stub?                       It needs nothing, and stands on the first card, if there is one.
     2. Is the length asked of it too long? Refuse.
     3. Does it run on a card here?         vLLM does; llama.cpp unless n_gpu_layers is 0. On a machine without
                                            cards vLLM runs only if asked for or if its files are local: it is
@@ -47,6 +47,7 @@ def place_model(
             max_model_len=length,
             max_num_seqs=overrides.max_num_seqs,
             kv_cache_bytes=0,
+            gpus=tuple(gpu.index for gpu in machine.gpus[:1]),
         )
 
     # (2) Too long.

@@ -122,7 +122,8 @@ def test_jobs_come_first_then_the_last_use() -> None:
         ({ONE: 1, TWO: 9}, {ONE: 4}, 5, ()),  # neither pays
         ({ONE: 3, TWO: 9}, {ONE: 1}, 5, (ONE,)),
         ({ONE: 9}, {}, 5, (TWO,)),  # level 2 was never tried
-        ({ONE: 1}, {}, 5, (TWO, ONE)),  # what is unknown is tried first
+        ({ONE: 1}, {}, 5, (ONE, TWO)),  # what is known to pay comes before what is not known
+        ({TWO: 1}, {}, 5, (TWO, ONE)),
         ({ONE: 9, TWO: 9}, {}, None, (ONE, TWO)),  # what its start takes is unknown
     ],
 )
