@@ -20,8 +20,10 @@ class Group:
     """The jobs of one class that wait for one model."""
 
     job_class: int  # index into PRIORITY_STEPS
+    count: int
     work_s: float | None  # of the engine; None = unknown
     due_at: float  # Unix seconds when its most pressing job should start: its bound or its deadline, the earlier
+    last_due_at: float  # likewise of its last one
     bound_s: float
 
 
@@ -77,13 +79,17 @@ def weigh(
         work_s, one_s = (pace.work_s(lane), pace.one_s(lane) or 0.0) if pace else (None, 0.0)
         longest_s = max(longest_s, one_s)
         bound = lane.max_wait_s or bound_s
-        due_at = (now if lane.oldest_at is None else lane.oldest_at) + bound
+        oldest_at = now if lane.oldest_at is None else lane.oldest_at
+        due_at, last_due_at = oldest_at + bound, math.inf if lane.newest_at is None else lane.newest_at + bound
         if lane.deadline_at is not None and lane.deadline_at > now:
             due_at = min(due_at, lane.deadline_at - one_s)
+        count = lane.count
         if before := groups.get(job_class):
             work_s = None if work_s is None or before.work_s is None else work_s + before.work_s
             due_at, bound = min((due_at, bound), (before.due_at, before.bound_s))
-        groups[job_class] = Group(job_class, work_s, due_at, bound)
+            last_due_at = max(last_due_at, before.last_due_at)
+            count += before.count
+        groups[job_class] = Group(job_class, count, work_s, due_at, last_due_at, bound)
     ordered = tuple(groups[job_class] for job_class in sorted(groups))
     oldest_at = now if waiting.oldest_at is None else waiting.oldest_at
     return Load(model_id, waiting.count, oldest_at, ready, switch_s, ordered, longest_s)
@@ -94,47 +100,44 @@ def class_of(priority: int) -> int:
     return sum(step <= priority for step in PRIORITY_STEPS) - 1
 
 
-def foresee(order: Sequence[Load], *, now: float) -> Foreseen:
+def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Foreseen:
     """
     Play *order* from *now* (Unix seconds): every model is served to the end of its queue, its urgent classes first.
 
-    Before the first switch, the jobs in flight of the model that is ready end. If nobody knows the pace of a ready
-    model, its turn has no end as long as it goes on; the work of others that is unknown counts nothing.
+    Before the first switch, the jobs in flight end: *drain_s*. If nobody knows the pace of a ready model, its turn
+    has no end as long as it goes on; the work of others that is unknown counts nothing.
     """
     late = [0.0] * len(PRIORITY_STEPS)
     slack = math.inf
     at, switched = now, False
     for load in order:
         if not load.ready or switched:
-            at += load.switch_s
-            if not switched:
-                at += max((ready.one_s for ready in order if ready.ready), default=0.0)
+            at += load.switch_s + (0.0 if switched else drain_s)
             switched = True
         for group in load.groups:
-            over = at - group.due_at
+            work_s = group.work_s if group.work_s is not None else 0.0 if switched else math.inf
+            last_at = at + work_s * (1 - 1 / group.count) if group.count > 1 else at
+            over = max(at - group.due_at, last_at - group.last_due_at)
             if over > 0:
                 late[group.job_class] = max(late[group.job_class], over / group.bound_s)
             elif not load.ready:
                 slack = min(slack, -over)
-            at += group.work_s if group.work_s is not None else 0.0 if switched else math.inf
+            at += work_s
     return Foreseen(tuple(late), slack)
 
 
-_ENOUGH = 0.7  # where some job is late in any case, another order must cut the worst wait to this share
+_MUCH = 0.3  # a switch is worth it if the worst job of a class is late by no more than this share of what it was
 
 
 def is_better(other: Foreseen, than: Foreseen) -> bool:
     """
-    Is the order behind *other* worth a switch? The most urgent class in which the two differ decides.
+    Is the order behind *other* worth a switch? The most urgent class in which they differ much decides.
 
-    Nothing late instead of something is. Where something is late either way, only a clearly shorter worst wait is:
-    an overload must not only switch.
+    What is late either way is no reason: an overload must not only switch.
     """
     for mine, its in zip(other.late, than.late, strict=True):
-        if mine == its:
-            continue
-        if mine < its:
-            return mine == 0.0 or 1 + mine <= _ENOUGH * (1 + its)
-        if its == 0.0 or 1 + its <= _ENOUGH * (1 + mine):
+        if mine < its and mine <= _MUCH * its:
+            return True
+        if its < mine and its <= _MUCH * mine:
             return False
     return False

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from worker.scheduling.foresee import Foreseen, Load, foresee, is_better, weigh
 from worker.state.backlog import Backlog
 from worker.state.pace import Pace
-from worker.state.residency import Level, Residency
+from worker.state.residency import Level, Residency, Resident
 
 _LEEWAY_S = 1.0  # a turn ends that much before somebody else would be late: no decision comes to the instant
 _SWITCHING = 0.2  # share of the time that switches for a more urgent class, or out of a turn just begun, may take
@@ -67,7 +67,7 @@ def pick_turn(
     5. Does a more urgent class wait elsewhere?       That model, once the turn has paid for the switches.
     6. Are there jobs for a model that is ready?      Keep it, unless a short detour gains many times its price.
     7. Otherwise                                      The model of the most urgent class; of several, that of the job
-                                                      that waits longest.
+                                                      that waits longest. In a fleet, first one that nobody serves.
 
     A model in quarantine gets no turn. In a fleet, a model that others serve is this worker's only if it is ready
     here, or if a share of its jobs pays for the switch. A job whose age is unknown counts as new; ties go by name.
@@ -87,11 +87,13 @@ def pick_turn(
         for model in possible
         if backlog.count(model)
     ]
-    at_work = sorted((load for load in loads if load.ready), key=_by_age)
-    absent = sorted(
-        (load for load in loads if not load.ready and _is_ours(load, known.elsewhere.get(load.model_id, 0))),
-        key=_by_age,
-    )
+    others = {load.model_id: known.elsewhere.get(load.model_id, 0) for load in loads}
+
+    def rank(load: Load) -> tuple[int, int, float, str]:
+        return load.job_class, 0 if load.ready else others[load.model_id], load.oldest_at, load.model_id
+
+    at_work = sorted((load for load in loads if load.ready), key=rank)
+    absent = sorted((load for load in loads if not load.ready and _is_ours(load, others[load.model_id])), key=rank)
 
     # (1) Nothing waits.
     if not at_work and not absent:
@@ -109,23 +111,22 @@ def pick_turn(
 
     # (3) A turn just begun.
     for load in at_work:
-        lasted_s = now - ready[load.model_id].since
-        least_s = min(min_turn_s, 2 * load.switch_s / _SWITCHING if load.switch_s else math.inf)
-        if lasted_s < least_s:
-            return _turn(load, f"its turn began {lasted_s:.0f} s ago", until=now - lasted_s + least_s)
+        since = ready[load.model_id].since
+        until = since + min(min_turn_s, 2 * load.switch_s / _SWITCHING if load.switch_s else math.inf)
+        if now < until:
+            return _turn(load, f"its turn began {now - since:.0f} s ago", until=until)
 
     if not absent:
         return _turn(at_work[0], f"{at_work[0].count} of its jobs wait and it is ready")
     if not at_work:
         return _next_turn(absent, now, max_wait_s)
-    since = ready[at_work[0].model_id].since
-    return _stay_or_leave(at_work, absent, now=now, since=since, max_wait_s=max_wait_s)
+    return _stay_or_leave(at_work, absent, ready[at_work[0].model_id], now=now, max_wait_s=max_wait_s)
 
 
 def _next_turn(absent: Sequence[Load], now: float, max_wait_s: float) -> Turn:
     """Choose where no model that is ready has jobs."""
     # (4) The bound and the deadlines.
-    due, go, stay = _foresee_both((), absent, now)
+    due, go, stay = _foresee_both((), absent, now, 0.0)
     if due is not absent[0] and is_better(go, stay):
         return _due_turn(due, go, now, max_wait_s)
 
@@ -134,43 +135,41 @@ def _next_turn(absent: Sequence[Load], now: float, max_wait_s: float) -> Turn:
 
 
 def _stay_or_leave(
-    at_work: Sequence[Load], absent: Sequence[Load], *, now: float, since: float, max_wait_s: float
+    at_work: Sequence[Load], absent: Sequence[Load], resident: Resident, *, now: float, max_wait_s: float
 ) -> Turn:
-    """Choose where a model that is ready has jobs; its turn began at *since*."""
+    """Choose where a model that is ready has jobs, as *resident*."""
     current, urgent = at_work[0], absent[0]
-    lasted_s = now - since
+    drain_s = current.one_s * (1 + math.log(resident.in_flight)) if resident.in_flight else 0.0  # the longest of many
 
     # (4) The bound and the deadlines.
-    due, go, stay = _foresee_both(at_work, absent, now)
+    due, go, stay = _foresee_both(at_work, absent, now, drain_s)
     presses = is_better(go, stay)
-    if presses and (go.slack_s <= _LEEWAY_S or due.due_at <= now + due.switch_s):
+    if presses and (go.slack_s <= _LEEWAY_S or due.due_at <= now + drain_s + due.switch_s):
         return _due_turn(due, go, now, max_wait_s)
     until = now + max(_LEEWAY_S, min(go.slack_s, max_wait_s) / 2)
 
     # (5) A more urgent class.
     if urgent.job_class < current.job_class:
-        least_s = (current.switch_s + urgent.switch_s) / _SWITCHING
-        if lasted_s >= least_s:
+        paid_at = resident.since + (current.switch_s + urgent.switch_s) / _SWITCHING
+        if now >= paid_at:
             return _turn(urgent, f"{urgent.count} of its jobs wait, some more urgent than any of {current.model_id}")
-        until = min(until, since + least_s)
+        until = min(until, paid_at)
 
     # (6) Collate.
     for other in absent:
-        if _pays(other, current, lasted_s):
+        if _pays(other, current, now - resident.since):
             return _turn(other, f"{other.count} short jobs wait: serving them first costs {current.model_id} little")
     overload = "; overload: some job will be late in any order" if any(stay.late) and not presses else ""
     return _turn(current, f"{current.count} of its jobs wait and it is ready{overload}", until=until)
 
 
-def _foresee_both(at_work: Sequence[Load], absent: Sequence[Load], now: float) -> tuple[Load, Foreseen, Foreseen]:
+def _foresee_both(
+    at_work: Sequence[Load], absent: Sequence[Load], now: float, drain_s: float
+) -> tuple[Load, Foreseen, Foreseen]:
     """Find the absent model that is due first, what going to it now would do, and what staying would."""
     due, *others = sorted(absent, key=_by_due)
-    go = foresee([due, *sorted([*at_work, *others], key=_by_due)], now=now)
-    return due, go, foresee([*at_work, *absent], now=now)
-
-
-def _by_age(load: Load) -> tuple[int, float, str]:
-    return load.job_class, load.oldest_at, load.model_id
+    go = foresee([due, *sorted([*at_work, *others], key=_by_due)], now=now, drain_s=drain_s)
+    return due, go, foresee([*at_work, *absent], now=now, drain_s=drain_s)
 
 
 def _by_due(load: Load) -> tuple[float, str]:

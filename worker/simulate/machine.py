@@ -98,6 +98,7 @@ class Queue:
         return Lane(
             count=lane.count,
             oldest_at=self._jobs[self._oldest(lane)].arrival_s,
+            newest_at=self._jobs[lane.arrived[-1]].arrival_s,
             priority=lane.priority,
             tenant=lane.tenant,
             prompt_tokens=lane.prompt_tokens,

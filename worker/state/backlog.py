@@ -16,6 +16,7 @@ class Lane:
 
     count: int
     oldest_at: float | None = None  # Unix seconds when the first of them was routed; None = unknown
+    newest_at: float | None = None  # likewise of the last of them
     priority: int = USUAL_PRIORITY  # 0 is served first
     tenant: str = "default"
     prompt_tokens: int | None = None  # of all of them together; None = not counted
