@@ -66,7 +66,7 @@ class RedisBacklog:
 
         A job that waits there already keeps its place, and this message takes the older one's.
         """
-        about = job_id_of(message), _place_json(message, now=now)
+        about = job_id_of(message), place_json(message, now=now)
         return self._redis.eval(scripts.PUT, 2, keys.backlog(queue), keys.WAKE, *about, raw)
 
     def adopt(self, queue: str, *, now: float) -> int:
@@ -81,7 +81,7 @@ class RedisBacklog:
             for raw in reversed(self._redis.execute_command("LRANGE", name, -_AT_ONCE, -1, NEVER_DECODE=True)):
                 try:
                     message = json.loads(raw.decode())
-                    about = [job_id_of(message).encode(), _place_json(message, now=now).encode()]
+                    about = [job_id_of(message).encode(), place_json(message, now=now).encode()]
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     about = []
                 adopted += self._redis.eval(scripts.ADOPT, 3, keys.backlog(queue), name, keys.MALFORMED, raw, *about)
@@ -137,7 +137,7 @@ def job_id_of(message: Mapping[str, Any]) -> str:
     return job_id if isinstance(job_id, str) and job_id else str(message["properties"]["delivery_tag"])
 
 
-def _place_json(message: Mapping[str, Any], *, now: float) -> str:
+def place_json(message: Mapping[str, Any], *, now: float) -> str:
     """The message's place and where it goes, for the scripts; raises KeyError or TypeError if it is none of kombu's."""
     properties = message["properties"]
     where = {name: properties["delivery_info"][name] for name in ("exchange", "routing_key")}

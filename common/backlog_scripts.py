@@ -123,6 +123,13 @@ local function give_back(q, id, p, message)
   if redis.call('HEXISTS', q .. ':places', id) == 0 then put(q, id, p, message, 0) end
 end
 
+-- The level and class of the job that is served next; the least is the most urgent. Nothing if none waits.
+local function urgency(q, now)
+  promote(q, now)
+  local first = redis.call('ZRANGE', q .. ':order', 0, 0, 'WITHSCORES')
+  return first[2] and math.floor(first[2] / UNIT)
+end
+
 -- Take out the jobs that are served next, at most *most*. Returns a list of {place, message}.
 local function take(q, most, now)
   promote(q, now)
@@ -191,16 +198,18 @@ promote(KEYS[1], ARGV[2])
 return redis.call('ZRANK', KEYS[1] .. ':order', member_of(ARGV[1], cmsgpack.unpack(packed)))
 """
 
-# KEYS: the backlog. Returns the sums as they lie there, then per lane {lane, oldest arrival, earliest deadline or nil}.
+# KEYS: the backlog. Returns {the sums as they lie there, per lane {lane, first arrival, last, first deadline or nil}}.
 # Whatever the number of jobs, it looks at each lane once.
 READ: Final = """
 local sums, heads = redis.call('HGETALL', KEYS[1] .. ':sums'), {}
 for i = 1, #sums, 2 do
   local lane = string.match(sums[i], '^jobs (.*)$')
   if lane then
-    local arrival = redis.call('ZRANGE', KEYS[1] .. ':arrivals:' .. lane, 0, 0, 'WITHSCORES')
+    local arrivals = KEYS[1] .. ':arrivals:' .. lane
+    local oldest = redis.call('ZRANGE', arrivals, 0, 0, 'WITHSCORES')
+    local newest = redis.call('ZRANGE', arrivals, -1, -1, 'WITHSCORES')
     local deadline = redis.call('ZRANGE', KEYS[1] .. ':deadlines:' .. lane, 0, 0, 'WITHSCORES')
-    heads[#heads + 1] = {lane, arrival[2], deadline[2] or false}
+    heads[#heads + 1] = {lane, oldest[2], newest[2], deadline[2] or false}
   end
 end
 return {sums, heads}

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from typing import Final
 
 _PREFIX: Final = "shiftworker:"  # of every key that is ours alone
+_BACKLOG: Final = f"{_PREFIX}backlog:"
 
 # --- Tasks: the names a producer or an operator sends by -----------------------------------------------
 
@@ -55,9 +56,9 @@ def list_of(queue: str, priority: int) -> str:
     return lists_of(queue)[bisect_right(PRIORITY_STEPS, priority) - 1]
 
 
-def queue_of(list_name: str) -> str:
-    """The queue that the Redis list *list_name* is a part of."""
-    return list_name.partition(_PRIORITY_SEPARATOR)[0]
+def queue_of(name: str) -> str:
+    """The queue that the Redis list or the backlog *name* is a part of."""
+    return name.removeprefix(_BACKLOG).partition(_PRIORITY_SEPARATOR)[0]
 
 
 def has_backlog(queue: str) -> bool:
@@ -67,7 +68,7 @@ def has_backlog(queue: str) -> bool:
 
 def backlog(queue: str) -> str:
     """Prefix of what makes up the backlog of *queue*; common/backlog_scripts.py says what lies under each name."""
-    return f"{_PREFIX}backlog:{queue}"
+    return f"{_BACKLOG}{queue}"
 
 
 def backlog_order(queue: str) -> str:

@@ -4,7 +4,8 @@ kombu's Redis transport with an atomic pop: no moment at which a message is in n
 Stock kombu pops with BRPOP and writes the message to `unacked` in a second round trip; a `kill -9` of the
 worker or of Redis between the two loses it (kombu #305, celery #4354, #7950). Invariants kept here:
 
-1. A message is in exactly one place: its queue or `unacked`. Every move is one script.
+1. A message is in exactly one place: its queue (a list, or a backlog: common/backlog.py) or `unacked`. Every move is
+   one script.
 2. Everything in `unacked` names its owner in `unacked_owner`, so that the lease can tell whose it is.
 3. Only the owner of a delivery can acknowledge it or give it back; a late call of a former owner does nothing.
 4. An entry that is no message at all is set aside in `shiftworker:malformed` and never blocks its queue.
@@ -20,8 +21,9 @@ plain redis:// for Flower and everybody else.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from queue import Empty
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 from weakref import WeakSet
 
@@ -30,6 +32,8 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 
 from common import keys
+from common.backlog import job_id_of, place_json
+from common.backlog_scripts import LIBRARY
 from common.logs import get_logger
 
 logger = get_logger(__name__)
@@ -39,16 +43,27 @@ WAIT_S = 0.25  # seconds an idle consumer waits before it looks again: the delay
 _WAKE_LENGTH = 8  # entries kept; only the newest id matters
 _POP_MOST = 64  # messages in one round trip
 
-# KEYS: the lists in the order to look, then unacked, unacked_index, unacked_owner, wake, malformed.
-# ARGV: owner, how many messages at most, then per list "1" if its consumer acknowledges and "0" if not.
-# Returns {list, message, ...} of the first list that has any, or {false, newest id of the wake stream}.
+# KEYS: the lists in the order to look, the backlogs, then unacked, unacked_index, unacked_owner, wake, malformed.
+# ARGV: owner, how many messages at most, how many of KEYS are lists, then per list and backlog "1" if its consumer
+# acknowledges and "0" if not.
+# Returns {key, message, ...} of the first list that has any, else of the backlog whose first job is the most urgent,
+# or {false, newest id of the wake stream}.
 # The time is Redis's own. cjson only reads here: the message is stored as it came, since cjson would turn [] into {}.
-_POP = """
-local n = #KEYS - 5
+_POP = f"""{LIBRARY}
+local lists, n = tonumber(ARGV[3]), #KEYS - 5
 local unacked, index, owners, wake, malformed = KEYS[n+1], KEYS[n+2], KEYS[n+3], KEYS[n+4], KEYS[n+5]
 local most, now = tonumber(ARGV[2]), redis.call('TIME')[1]
-for i = 1, n do
-  local taken = {KEYS[i]}
+
+local function hold(i, raw, tag, exchange, routing_key)
+  if ARGV[3+i] ~= '1' then return end
+  redis.call('HSET', unacked, tag, '[' .. raw .. ',' .. cjson.encode(exchange)
+                                       .. ',' .. cjson.encode(routing_key) .. ']')
+  redis.call('ZADD', index, now, tag)
+  redis.call('HSET', owners, tag, ARGV[1])
+end
+
+for i = 1, lists do
+  local taken = {{KEYS[i]}}
   while #taken <= most do
     local raw = redis.call('LINDEX', KEYS[i], -1)
     if not raw then break end
@@ -58,12 +73,7 @@ for i = 1, n do
     local tag = type(delivery) == 'table' and properties['delivery_tag']
     if type(tag) == 'string' and type(delivery['exchange']) == 'string'
        and type(delivery['routing_key']) == 'string' then
-      if ARGV[2+i] == '1' then
-        redis.call('HSET', unacked, tag, '[' .. raw .. ',' .. cjson.encode(delivery['exchange'])
-                                             .. ',' .. cjson.encode(delivery['routing_key']) .. ']')
-        redis.call('ZADD', index, now, tag)
-        redis.call('HSET', owners, tag, ARGV[1])
-      end
+      hold(i, raw, tag, delivery['exchange'], delivery['routing_key'])
       redis.call('RPOP', KEYS[i])
       taken[#taken + 1] = raw
     else
@@ -73,8 +83,22 @@ for i = 1, n do
   end
   if #taken > 1 then return taken end
 end
+
+local first, best
+for i = lists + 1, n do
+  local found = urgency(KEYS[i], now)
+  if found and not (best and best <= found) then first, best = i, found end
+end
+if first then
+  local reply = {{KEYS[first]}}
+  for _, job in ipairs(take(KEYS[first], most, now)) do
+    hold(first, job[2], job[1].delivery_tag, job[1].exchange, job[1].routing_key)
+    reply[#reply + 1] = job[2]
+  end
+  return reply
+end
 local newest = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', 1)
-return {false, newest[1] and newest[1][1] or '0'}
+return {{false, newest[1] and newest[1][1] or '0'}}
 """
 
 # KEYS: unacked, unacked_index, unacked_owner. ARGV: tag, owner. Returns 1 if the delivery was the owner's.
@@ -86,16 +110,21 @@ redis.call('HDEL', KEYS[3], ARGV[1])
 return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 
-# KEYS: unacked, unacked_index, unacked_owner, wake, the list to put it on.
-# ARGV: tag, the owner it must still have ("" = none), the entry it must still be, the message to put, side.
+# KEYS: unacked, unacked_index, unacked_owner, wake, the list or backlog to put it into.
+# ARGV: tag, the owner it must still have ("" = none), the entry it must still be, the message to put, then for a list
+# the side, for a backlog the job's id and its place.
 # Compare and move: nothing happens if somebody else moved it in between. Returns 1 if it was moved.
-_GIVE_BACK = """
+_GIVE_BACK = f"""{LIBRARY}
 if (redis.call('HGET', KEYS[3], ARGV[1]) or '') ~= ARGV[2] then return 0 end
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[3] then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('HDEL', KEYS[3], ARGV[1])
-redis.call(ARGV[5] == 'back' and 'LPUSH' or 'RPUSH', KEYS[5], ARGV[4])
+if ARGV[6] then
+  give_back(KEYS[5], ARGV[5], cjson.decode(ARGV[6]), ARGV[4])
+else
+  redis.call(ARGV[5] == 'back' and 'LPUSH' or 'RPUSH', KEYS[5], ARGV[4])
+end
 redis.call('XADD', KEYS[4], 'MAXLEN', '8', '*', 'q', '')
 return 1
 """
@@ -185,9 +214,12 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
         message["properties"]["delivery_info"]["redelivered"] = True
         priority = channel._get_message_priority(message, reverse=False)
         queue = next(iter(channel._lookup(exchange, routing_key)), routing_key)
+        if keys.has_backlog(queue):
+            target, how = keys.backlog(queue), [job_id_of(message), place_json(message, now=time())]
+        else:
+            target, how = channel._q_for_pri(queue, priority), [side]
         moved = redis.eval(
-            _GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, channel._q_for_pri(queue, priority),
-            tag, owner, entry, dumps(message), side,
+            _GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, target, tag, owner, entry, dumps(message), *how
         )  # fmt: skip
         return bool(moved)
 
@@ -223,13 +255,18 @@ class Channel(stock.Channel):
             block_ms = int((timeout or WAIT_S) * 1000)
             connection.send_command("XREAD", "BLOCK", block_ms, "STREAMS", keys.WAKE, self._wake_id)
             return
-        wanted = [(self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
-        lists = [name for name, _ in wanted]
-        acknowledged = ["0" if queue in self._no_ack_queues else "1" for _, queue in wanted]
-        connection.send_command(
-            "EVAL", _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
-            self.owner, self._room(len(queues)), *acknowledged,
-        )  # fmt: skip
+        connection.send_command("EVAL", *self._pop(queues, most=self._room(len(queues)), no_ack=self._no_ack_queues))
+
+    def _pop(self, queues: Sequence[str], *, most: int, no_ack: Collection[str] = ()) -> list[Any]:
+        """The pop's script with its arguments."""
+        lists = [(self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
+        backlogs = [(keys.backlog(queue), queue) for queue in queues if keys.has_backlog(queue)]
+        names = [name for name, _ in (*lists, *backlogs)]
+        acknowledged = ["0" if queue in no_ack else "1" for _, queue in (*lists, *backlogs)]
+        return [
+            _POP, len(names) + 5, *names, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
+            self.owner, most, len(lists), *acknowledged,
+        ]  # fmt: skip
 
     def _room(self, queues: int) -> int:
         """How many messages one queue may give now: no more than is free, and a share of that beside others."""
@@ -258,7 +295,7 @@ class Channel(stock.Channel):
                 raise Empty
         finally:
             self._in_poll = None
-        queue = bytes_to_str(name).rsplit(self.sep, 1)[0]
+        queue = keys.queue_of(bytes_to_str(name))
         self._queue_cycle.rotate(queue)
         messages = [message for item in items if (message := self._readable(item)) is not None]
         if queue not in self.connection._callbacks:  # cancelled meanwhile: each goes back to the head, the first last
@@ -289,12 +326,8 @@ class Channel(stock.Channel):
         return message
 
     def _get(self, queue: str) -> Any:
-        lists = [self._q_for_pri(queue, step) for step in self.priority_steps]
         with self.conn_or_acquire() as client:
-            name, item = client.eval(
-                _POP, len(lists) + 5, *lists, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
-                self.owner, 1, *("1" for _ in lists),
-            )  # fmt: skip
+            name, item = client.eval(*self._pop([queue], most=1))
         if not name:
             raise Empty
         return loads(bytes_to_str(item))

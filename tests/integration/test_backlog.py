@@ -368,8 +368,8 @@ def read(line: Line) -> dict[str, dict[str, float]]:
         what, _, lane = name.partition(" ")
         if int(value):
             found.setdefault(lane, {})[what] = int(value)
-    for lane, oldest, deadline in heads:
-        found[lane]["oldest"] = float(oldest)
+    for lane, oldest, newest, deadline in heads:
+        found[lane] |= {"oldest": float(oldest), "newest": float(newest)}
         if deadline is not None:
             found[lane]["deadline"] = float(deadline)
     return found
@@ -384,7 +384,8 @@ def sums_of(jobs: dict[str, tuple[Place, float]]) -> dict[str, dict[str, float]]
     found: dict[str, dict[str, float]] = {}
     for name, group in groupby(sorted((place for place, _ in jobs.values()), key=lane), key=lane):
         places = list(group)
-        sums: dict[str, float] = {"jobs": len(places), "oldest": min(place.queued_at for place in places)}
+        arrivals = [place.queued_at for place in places]
+        sums: dict[str, float] = {"jobs": len(places), "oldest": min(arrivals), "newest": max(arrivals)}
         for what in ("prompt_tokens", "output_tokens"):
             said = [value for place in places if (value := getattr(place, what)) is not None]
             sums |= {key: value for key, value in ((what, sum(said)), (f"{what}?", len(places) - len(said))) if value}
