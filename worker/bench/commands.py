@@ -42,6 +42,36 @@ def switch(
 
 
 @app.command()
+def levels(
+    *,
+    hidden: Annotated[int, typer.Option(min=64, help="of the model; 4096 and 32 layers are 5 billion weights")] = 4096,
+    layers: Annotated[int, typer.Option(min=1, help="of the model")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="of each level; medians are shown")] = 3,
+    as_json: _Json = False,
+) -> None:
+    """What sleep costs and gives back on a card, beside the speed of its bus. Needs a card, and vLLM for it."""
+    from worker.bench.levels import bench_levels, measure_bandwidth, place_on_card  # noqa: PLC0415 - as above
+    from worker.catalog.spec import EngineKind  # noqa: PLC0415 - as above
+    from worker.engines.vllm_server import find_python  # noqa: PLC0415 - as above
+    from worker.hardware.detect import open_reader  # noqa: PLC0415 - as above
+    from worker.wiring import build_engines  # noqa: PLC0415 - as above
+
+    kind = EngineKind.VLLM
+    with _ready() as (settings, folder):
+        reader = open_reader(settings.worker).reader
+        placement = place_on_card(folder, reader, hidden=hidden, layers=layers)
+        ours = build_engines(settings, {kind}, folder / "ours")[kind]
+        try:
+            found = bench_levels(
+                placement, ours, reader, runs=runs, tell=_tell,
+                bandwidth=lambda: measure_bandwidth(find_python(settings.vllm), placement.gpus[0]),
+            )  # fmt: skip
+        finally:
+            ours.close()
+    _show(dataclasses.asdict(found), "restart_s", "wake_1_s", as_json=as_json)
+
+
+@app.command()
 def throughput(
     *,
     prompts: Annotated[int, typer.Option(min=1)] = 2000,
