@@ -89,6 +89,8 @@ class ConsumerProcess:
         try:
             worker.start()
         finally:
+            for lane in self._lanes.values():
+                lane.end()
             self._lease.end()
         return int(worker.exitcode or 0)
 

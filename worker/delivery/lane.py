@@ -126,15 +126,22 @@ class Lane(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._work = work
         self._tick_s = tick_s
-        self._inbox: SimpleQueue[Item] = SimpleQueue()
+        self._ending = False
+        self._inbox: SimpleQueue[Item | None] = SimpleQueue()  # None only wakes it
 
     def put(self, item: Item) -> None:
         """Have *item* worked on with the next batch; from any thread."""
         self._inbox.put(item)
 
+    def end(self) -> None:
+        """Stop after the batch under way; the messages of what was put behind it are given back by the lease."""
+        self._ending = True
+        self._inbox.put(None)
+        self.join()
+
     def run(self) -> None:
-        """Work until the process ends."""
-        while True:
+        """Work until `end` is called."""
+        while not self._ending:
             items = self._next()
             try:
                 self._work(items)
@@ -144,11 +151,11 @@ class Lane(threading.Thread):
                     item.fall_back()
 
     def _next(self) -> list[Item]:
-        items: list[Item] = []
+        items: list[Item | None] = []
         try:
             items.append(self._inbox.get(timeout=self._tick_s))
             while len(items) < _MOST:
                 items.append(self._inbox.get_nowait())
         except Empty:
             pass
-        return items
+        return [item for item in items if item is not None]

@@ -16,24 +16,27 @@ from typing import Any
 from celery import Celery, states
 
 from common import keys
+from common.backlog import place_json
+from common.backlog_scripts import LIBRARY
 from common.job_ends import END, HOLD, end_args, end_keys, hold_args
 from common.may_enter import Entry
 from common.redis_client import RedisClient
 from common.schemas import JobState, Outcome, utc_now
 
-# KEYS: outcome, job's hash, unacked, unacked_index, unacked_owner, held, tenants, the list to put it on.
-# ARGV: tag, owner, message, lifetime in seconds, now, the job's id, `hold_args`, then fields of the hash.
+# KEYS: outcome, job's hash, unacked, unacked_index, unacked_owner, held, tenants, the backlog to put it into.
+# ARGV: tag, owner, message, lifetime in seconds, now, the job's id, `hold_args`, its place, then fields of the hash.
 # Returns 1 if it was moved, 0 if the job has ended or its tenant has no room, -1 if the delivery is another's now.
 _ROUTE = (
     HOLD
+    + LIBRARY
     + """
 if redis.call('HGET', KEYS[5], ARGV[1]) ~= ARGV[2] then return -1 end
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 if ARGV[7] ~= '' and hold(KEYS[6], KEYS[7], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11]) then return 0 end
 redis.call('HSETNX', KEYS[2], 'queued_at', ARGV[5])
-redis.call('HSET', KEYS[2], unpack(ARGV, 12))
+redis.call('HSET', KEYS[2], unpack(ARGV, 13))
 redis.call('EXPIRE', KEYS[2], ARGV[4])
-redis.call('LPUSH', KEYS[8], ARGV[3])
+put(KEYS[8], ARGV[6], cjson.decode(ARGV[12]), ARGV[3])
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('HDEL', KEYS[5], ARGV[1])
@@ -88,8 +91,8 @@ class Routed:
 
     job_id: str
     delivery: str
-    message: str  # as it lies in the queue
-    to: str  # the list
+    message: Mapping[str, Any]  # as kombu would publish it
+    queue: str
     fields: Mapping[str, str | float]  # of the job's hash
     entry: Entry | None = None  # what it holds until it ends
 
@@ -125,23 +128,25 @@ class RedisSteps:
         self._owner = owner
         self._ttl_s = int(ttl_s)
         self._max_bytes = max_bytes
+        self._max_wait_s: float | None = app.conf.broker_transport_options.get("max_wait_s")
         self._result_ttl_s = int(self._backend.expires or ttl_s)
         self._route = client.register_script(_ROUTE)
         self._begin = client.register_script(_BEGIN)
         self._end = client.register_script(_END)
 
     def route(self, jobs: Sequence[Routed], *, now: float) -> list[int]:
-        """Put each job's message on its list and acknowledge the one it came with: 1, 0 or -1, see _ROUTE."""
+        """Put each job's message into its backlog and acknowledge the one it came with: 1, 0 or -1, see _ROUTE."""
         with self._redis.pipeline(transaction=False) as pipe:
             for job in jobs:
                 fields = [part for pair in job.fields.items() for part in pair]
                 self._route(
                     keys=[
-                        keys.outcome(job.job_id), keys.job(job.job_id), *_DELIVERIES, keys.HELD, keys.TENANTS, job.to,
+                        keys.outcome(job.job_id), keys.job(job.job_id), *_DELIVERIES, keys.HELD, keys.TENANTS,
+                        keys.backlog(job.queue),
                     ],
                     args=[
-                        job.delivery, self._owner, job.message, self._ttl_s, now, job.job_id, *hold_args(job.entry),
-                        *fields,
+                        job.delivery, self._owner, json.dumps(job.message), self._ttl_s, now, job.job_id,
+                        *hold_args(job.entry), place_json(job.message, now=now, max_wait_s=self._max_wait_s), *fields,
                     ],
                     client=pipe,
                 )  # fmt: skip
