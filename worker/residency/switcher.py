@@ -176,13 +176,14 @@ class Switcher:
         """
         End the switch under way and begin no other: the worker leaves. Returns when that switch has ended.
 
-        A load is interrupted, not waited for; the switch ends as failed, and its model is not quarantined.
+        A load is interrupted, not waited for, and so is a model that falls asleep; the switch ends as failed, and its
+        model is not quarantined.
         """
         self._leaving.set()
         while not self._one_at_a_time.acquire(timeout=_LOOK_S):
             # Asked again each time: a load that was just beginning had no process yet that could be ended.
             for resident in self._board.read().residents:
-                if resident.level is Level.STARTING:
+                if resident.level is Level.STARTING or (resident.level is Level.STOPPING and not resident.in_flight):
                     with suppress(ShiftworkerError):
                         engine = self._parts.engine(resident.model_id)
                         engine.ensure_stopped(resident.model_id, timeout_s=_ABANDON_S)

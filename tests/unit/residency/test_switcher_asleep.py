@@ -4,13 +4,15 @@ Models that sleep instead of ending: how they leave, how they come back, and wha
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
 from common.errors import EngineFailed, LoadFailed, OutOfMemory
-from common.schemas import SwitchTime
+from common.schemas import SwitchStage, SwitchTime
 from tests.factories import GIB, make_gpu, make_machine, make_placement, make_spec
 from tests.switch_world import LIMITS, World
 from worker.catalog.spec import EngineKind
@@ -257,3 +259,24 @@ def test_the_level_a_model_is_at_is_known() -> None:
     world.switch("b")
 
     assert (world.switcher.level("a"), world.switcher.level("b")) == (ONE, Level.COLD)
+
+
+def test_a_worker_that_leaves_does_not_wait_for_a_model_that_falls_asleep() -> None:
+    """Copying its weights may take a minute; it is ended, and nothing is held against its sleep."""
+    world = box().with_a_ready()
+    world.engine._sleep_s = 60
+    unloading = threading.Event()
+
+    def listen(stage: SwitchStage, _detail: str) -> None:
+        if stage is SwitchStage.UNLOADING:
+            unloading.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        switch = pool.submit(world.switcher.switch, "b", on_stage=listen)
+        assert unloading.wait(10)
+        world.switcher.abandon()
+        record = switch.result(10)
+
+    assert record.reason.startswith("the worker leaves")
+    assert world.engine.state("a") is EngineState.STOPPED
+    assert (world.residency.banned, world.residency.quarantined) == ({}, {})
