@@ -18,7 +18,9 @@ from kombu import Queue
 from worker.delivery.lane import Lane
 from worker.delivery.lease import Lease
 from worker.delivery.pool import leaving, pool_with, running
+from worker.scheduling.celery_consumer import calm_events
 
+_EVENTS_EVERY_S = 0.1  # what Flower sees is at most so old
 _LOOK_EVERY_S = 0.05  # for the end of the last running job, while the process leaves
 
 
@@ -62,7 +64,7 @@ class ConsumerProcess:
         self._lanes = lanes or {}
         self._on_leaving = on_leaving
         self._hurry = False
-        app.steps["consumer"].update(steps)
+        app.steps["consumer"].update([*steps, calm_events(_EVENTS_EVERY_S)])
 
     def run(self) -> int:
         """

@@ -93,7 +93,7 @@ class StopSignal:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: list[Callable[[], object]] = []
-        self._event = threading.Event()
+        self._event: threading.Event | None = None  # made for the first who waits: few do
         self._reason: str | None = None
 
     @property
@@ -108,7 +108,8 @@ class StopSignal:
                 return
             self._reason = reason
             listeners, self._listeners = self._listeners, []
-        self._event.set()
+            if self._event is not None:
+                self._event.set()
         for listener in listeners:
             listener()
 
@@ -122,7 +123,11 @@ class StopSignal:
 
     def wait(self, timeout: float) -> bool:
         """Wait up to *timeout* seconds; True if the job should stop."""
-        return self._event.wait(timeout)
+        with self._lock:
+            if self._reason is not None:
+                return True
+            event = self._event = self._event or threading.Event()
+        return event.wait(timeout)
 
 
 Read = Callable[[], Completion]  # gives what came of a request, or raises as `Engine.generate` does
