@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common import backlog_scripts as scripts
 from common import keys
 from common.redis_client import RedisClient
+from common.schemas import JobRequest
 
 PLACE_HEADER = "shiftworker_place"  # of a message: its Place, but for the priority, which is a property of its own
 
@@ -35,15 +36,31 @@ class Place(BaseModel):
     max_wait_s: float | None = Field(default=None, ge=0, lt=1e9, description="the bound on its waiting")
 
     @classmethod
-    def of(cls, message: Mapping[str, Any], *, now: float) -> Self:
-        """Read the place of a kombu *message*; one that says nothing, or nonsense, was queued *now* (Unix seconds)."""
+    def of(cls, message: Mapping[str, Any], *, now: float, max_wait_s: float | None = None) -> Self:
+        """
+        Read the place of a kombu *message*.
+
+        One that says nothing, or nonsense, was queued *now* (Unix seconds); one that names no bound has *max_wait_s*.
+        """
         priority = message["properties"].get("priority")
         step = max((s for s in keys.PRIORITY_STEPS if isinstance(priority, int) and s <= priority), default=0)
         said = (message.get("headers") or {}).get(PLACE_HEADER)
         try:
-            return cls.model_validate({"queued_at": now, **(said or {}), "priority": step})
+            return cls.model_validate({"queued_at": now, "max_wait_s": max_wait_s, **(said or {}), "priority": step})
         except (ValidationError, TypeError):
-            return cls(queued_at=now, priority=step)
+            return cls(queued_at=now, priority=step, max_wait_s=max_wait_s)
+
+    @classmethod
+    def of_job(cls, request: JobRequest, *, now: float) -> Self:
+        """Describe a job that is routed *now*; of its prompt's tokens there are about a quarter of its bytes."""
+        return cls(
+            queued_at=now,
+            priority=request.priority,
+            tenant=request.tenant,
+            prompt_tokens=len(request.text.encode()) // 4,
+            output_tokens=request.answer_tokens,
+            deadline_at=request.deadline.timestamp() if request.deadline else None,
+        )
 
     def header(self) -> dict[str, Any]:
         """Write it for the header of a message."""
@@ -54,11 +71,17 @@ class RedisBacklog:
     """
     The backlogs of all queues that have one (keys.has_backlog); each change is one script.
 
-    *client* may be a pipeline where the answer is of no interest. `walk` and `read` need one that decodes.
+    Parameters
+    ----------
+    client
+        May be a pipeline where the answer is of no interest. `find`, `walk` and `read` need one that decodes.
+    max_wait_s
+        The bound on the waiting of jobs whose message names none; None = they have none.
     """
 
-    def __init__(self, client: RedisClient) -> None:
+    def __init__(self, client: RedisClient, *, max_wait_s: float | None = None) -> None:
         self._redis = client
+        self._max_wait_s = max_wait_s
 
     def put(self, queue: str, message: Mapping[str, Any], raw: str, *, now: float) -> Any:
         """
@@ -66,7 +89,7 @@ class RedisBacklog:
 
         A job that waits there already keeps its place, and this message takes the older one's.
         """
-        about = job_id_of(message), place_json(message, now=now)
+        about = job_id_of(message), place_json(message, now=now, max_wait_s=self._max_wait_s)
         return self._redis.eval(scripts.PUT, 2, keys.backlog(queue), keys.WAKE, *about, raw)
 
     def adopt(self, queue: str, *, now: float) -> int:
@@ -81,7 +104,8 @@ class RedisBacklog:
             for raw in reversed(self._redis.execute_command("LRANGE", name, -_AT_ONCE, -1, NEVER_DECODE=True)):
                 try:
                     message = json.loads(raw.decode())
-                    about = [job_id_of(message).encode(), place_json(message, now=now).encode()]
+                    place = place_json(message, now=now, max_wait_s=self._max_wait_s)
+                    about = [job_id_of(message).encode(), place.encode()]
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     about = []
                 adopted += self._redis.eval(scripts.ADOPT, 3, keys.backlog(queue), name, keys.MALFORMED, raw, *about)
@@ -91,9 +115,13 @@ class RedisBacklog:
         """How many jobs wait."""
         return int(self._redis.zcard(keys.backlog_order(queue)))
 
-    def rank(self, queue: str, job_id: str, *, now: float) -> int | None:
-        """How many jobs are served before this one, as things stand *now* (Unix seconds); None = it is not here."""
-        found = self._redis.eval(scripts.RANK, 1, keys.backlog(queue), job_id, now)
+    def rank(self, queue: str, job_id: str, *, now: float | None = None) -> int | None:
+        """
+        How many jobs are served before this one, as things stand; None = it is not here.
+
+        *now* is in Unix seconds; None = by Redis's clock, for a producer's may be wrong.
+        """
+        found = self._redis.eval(scripts.RANK, 1, keys.backlog(queue), job_id, *([] if now is None else [now]))
         return None if found is None else int(found)
 
     def find(self, queue: str, job_id: str) -> str | None:
@@ -137,12 +165,19 @@ def job_id_of(message: Mapping[str, Any]) -> str:
     return job_id if isinstance(job_id, str) and job_id else str(message["properties"]["delivery_tag"])
 
 
-def place_json(message: Mapping[str, Any], *, now: float) -> str:
-    """The message's place and where it goes, for the scripts; raises KeyError or TypeError if it is none of kombu's."""
+def place_json(message: Mapping[str, Any], *, now: float, max_wait_s: float | None) -> str:
+    """
+    Write the message's place and where it goes, for the scripts; see Place.of.
+
+    Raises
+    ------
+    KeyError, TypeError
+        It is no message of kombu's.
+    """
     properties = message["properties"]
     where = {name: properties["delivery_info"][name] for name in ("exchange", "routing_key")}
     where["delivery_tag"] = properties["delivery_tag"]
     if not all(isinstance(value, str) for value in where.values()):
         raise TypeError(f"not all strings: {where}")
-    place = Place.of(message, now=now).model_dump(exclude_none=True)
+    place = Place.of(message, now=now, max_wait_s=max_wait_s).model_dump(exclude_none=True)
     return json.dumps(place | where, ensure_ascii=False)

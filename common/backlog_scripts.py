@@ -190,11 +190,11 @@ drop(KEYS[1], ARGV[1])
 return 1
 """
 
-# KEYS: the backlog. ARGV: job id, now in Unix seconds. Returns how many jobs are served before it, or nil.
+# KEYS: the backlog. ARGV: job id, now (without it, Redis's time). Returns how many jobs are served before it, or nil.
 RANK: Final = f"""{LIBRARY}
 local packed = redis.call('HGET', KEYS[1] .. ':places', ARGV[1])
 if not packed then return false end
-promote(KEYS[1], ARGV[2])
+promote(KEYS[1], ARGV[2] or redis.call('TIME')[1])
 return redis.call('ZRANK', KEYS[1] .. ':order', member_of(ARGV[1], cmsgpack.unpack(packed)))
 """
 

@@ -32,6 +32,7 @@ def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
         "broker_transport": "common.transport:Transport",
         "broker_transport_options": {
             "owner": owner,
+            "max_wait_s": settings.switch.max_wait_s,
             "priority_steps": list(keys.PRIORITY_STEPS),
             "socket_timeout": 30,
             "socket_connect_timeout": 3,

@@ -4,6 +4,7 @@ The producer's side: submit a job, ask how it is, follow its tokens, wait for it
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -17,6 +18,7 @@ from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.celery_app import create_app
 from common.door import Door
 from common.errors import JobCancelled, NotEndedYet, RedisUnavailable, ShiftworkerError
@@ -53,6 +55,7 @@ class JobClient:
         self._app = create_app(settings)
         self._redis = connect(self._url)
         self._store = RedisJobStore(self._redis, ttl_s=settings.job.result_ttl_s)
+        self._backlog = RedisBacklog(self._redis)
         self._door = Door(self._redis, settings.limit)
 
     def submit(self, request: Mapping[str, Any] | JobRequest, *, job_id: str | None = None) -> str:
@@ -172,7 +175,10 @@ class JobClient:
 
     def status(self, job_id: str) -> JobView:
         """What is known of the job now; UNKNOWN until the router has seen it."""
-        return self._store.view(job_id)
+        view = self._store.view(job_id)
+        if view.state is not JobState.ROUTED or view.model is None:
+            return view
+        return view.model_copy(update={"ahead": self._backlog.rank(keys.model_queue(view.model), job_id)})
 
     def cancel(self, job_id: str) -> bool:
         """
@@ -191,7 +197,16 @@ class JobClient:
                 return False
             # Whoever waits hears of it now, and not when the message's turn comes.
             self._app.backend.mark_as_revoked(job_id, error.message)
+            if view.model is not None:
+                self._stop_waiting(job_id, view.model)
         return True
+
+    def _stop_waiting(self, job_id: str, model_id: str) -> None:
+        """Take the ended job's message out; a part of a group tells its chord when its turn comes, so it stays."""
+        for queue in (keys.model_queue(model_id), keys.cloud_queue(model_id)):
+            raw = self._backlog.find(queue, job_id)
+            if raw is not None and json.loads(raw)["headers"].get("group") is None:
+                self._backlog.remove(queue, job_id, raw)
 
     def hardware(self) -> tuple[HardwareStatus, ...]:
         """How every worker that is alive is."""

@@ -45,14 +45,14 @@ def read_alive(client: RedisClient, workers: Iterable[str]) -> frozenset[str]:
 
 def read_unserved(client: RedisClient, served: Collection[str]) -> Mapping[str, int]:
     """How many routed jobs wait for each model that is not among *served*, by the model's id."""
-    names = sorted(client.scan_iter(keys.model_queue("*"), count=1000, _type="list"))
+    orders = keys.backlog_order(keys.model_queue("*"))
+    start, _, end = orders.partition("*")
+    found = {
+        name.removeprefix(start).removesuffix(end): name
+        for name in sorted(client.scan_iter(orders, count=1000, _type="zset"))
+    }
+    unserved = {model_id: name for model_id, name in found.items() if model_id not in served}
     with client.pipeline(transaction=False) as pipe:
-        for name in names:
-            pipe.llen(name)
-        lengths = pipe.execute()
-    waiting: dict[str, int] = {}
-    for name, length in zip(names, lengths, strict=True):
-        model_id = keys.queue_of(name).removeprefix(keys.MODEL_QUEUE_PREFIX)
-        if model_id not in served:
-            waiting[model_id] = waiting.get(model_id, 0) + length
-    return waiting
+        for name in unserved.values():
+            pipe.zcard(name)
+        return dict(zip(unserved, pipe.execute(), strict=True))

@@ -298,6 +298,7 @@ class JobView(_Stored):
     complexity: float | None = None
     why: str | None = None
     queued_at: AwareDatetime | None = None
+    ahead: int | None = Field(default=None, description="waiting jobs of its model that are served before it")
     attempts: int = 0
     webhook: str | None = Field(default=None, description='"due", "delivered", or why it was given up; None = none')
 

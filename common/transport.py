@@ -32,7 +32,7 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 
 from common import keys
-from common.backlog import job_id_of, place_json
+from common.backlog import RedisBacklog, job_id_of, place_json
 from common.backlog_scripts import LIBRARY
 from common.logs import get_logger
 
@@ -215,7 +215,13 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
         priority = channel._get_message_priority(message, reverse=False)
         queue = next(iter(channel._lookup(exchange, routing_key)), routing_key)
         if keys.has_backlog(queue):
-            target, how = keys.backlog(queue), [job_id_of(message), place_json(message, now=time())]
+            target, how = (
+                keys.backlog(queue),
+                [
+                    job_id_of(message),
+                    place_json(message, now=time(), max_wait_s=channel.max_wait_s),
+                ],
+            )
         else:
             target, how = channel._q_for_pri(queue, priority), [side]
         moved = redis.eval(
@@ -228,13 +234,15 @@ class Channel(stock.Channel):
     """A channel whose pop is one script, and whose idle wait takes nothing."""
 
     QoS = QoS
-    from_transport_options = (*stock.Channel.from_transport_options, "owner")
+    from_transport_options = (*stock.Channel.from_transport_options, "owner", "max_wait_s")
     owner = "nobody"  # whose deliveries these are: one start of one process; set by broker_transport_options
+    max_wait_s: float | None = None  # the bound on the waiting of jobs that go into a backlog; likewise
     supports_batch_publish = False  # a batch would pass by `_put`, and nobody would be woken
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._waiting = False  # is the outstanding command the wait, or the pop?
         self._wake_id = "0"
+        self._short_client: Any = None
         self._no_ack_queues: set[str] = set()
         self._connection_params: dict[bool, dict[str, Any]] = {}
         super().__init__(*args, **kwargs)
@@ -267,6 +275,14 @@ class Channel(stock.Channel):
             _POP, len(names) + 5, *names, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
             self.owner, most, len(lists), *acknowledged,
         ]  # fmt: skip
+
+    def _create_client(self, asynchronous: bool = False) -> Any:  # noqa: FBT001, FBT002 - kombu's signature
+        """Give one client for all short commands of a connection: to make one takes as long as a command."""
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        if self._short_client is None or self._short_client.connection_pool is not self.pool:
+            self._short_client = super()._create_client()
+        return self._short_client
 
     def _room(self, queues: int) -> int:
         """How many messages one queue may give now: no more than is free, and a share of that beside others."""
@@ -315,7 +331,7 @@ class Channel(stock.Channel):
         """
         raw = bytes_to_str(item)
         try:
-            message = loads(raw)
+            message = json.loads(raw)
             self.Message(message, channel=self)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is no message
             logger.warning("delivery.malformed", error=f"{type(error).__name__}: {error}")
@@ -340,6 +356,10 @@ class Channel(stock.Channel):
         return message
 
     def _put(self, queue: str, message: Any, **_kwargs: Any) -> None:
+        if keys.has_backlog(queue):
+            with self.conn_or_acquire() as client:
+                RedisBacklog(client, max_wait_s=self.max_wait_s).put(queue, message, dumps(message), now=time())
+            return
         priority = self._get_message_priority(message, reverse=False)
         with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
             pipe.lpush(self._q_for_pri(queue, priority), dumps(message))
@@ -348,6 +368,10 @@ class Channel(stock.Channel):
                     pipe.pexpire(self._q_for_pri(queue, step), lifetime_ms)
             pipe.xadd(keys.WAKE, {"q": queue}, maxlen=_WAKE_LENGTH, approximate=False)
             pipe.execute()
+
+    def _size(self, queue: str) -> int:
+        with self.conn_or_acquire() as client:
+            return int(super()._size(queue)) + RedisBacklog(client).count(queue)
 
     def close(self) -> None:
         """

@@ -18,6 +18,7 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 
 from common import keys
+from common.backlog import Place
 from common.errors import EngineNotReady, InternalError, InvalidRequest, ShiftworkerError
 from common.job_store import JobStore
 from common.logs import get_logger
@@ -27,7 +28,6 @@ from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, RouteAgai
 from worker.jobs.submit_lane import shown
 from worker.residency.switcher import Switcher
 from worker.routing.router import Router
-from worker.scheduling.redis_queues import QUEUED_AT_HEADER
 
 logger = get_logger(__name__)
 
@@ -167,7 +167,7 @@ def _generate_signature(app: Celery, request: JobRequest, route: Route) -> Any:
         immutable=True,
         queue=keys.model_queue(route.model),
         priority=request.priority,
-        headers={QUEUED_AT_HEADER: time.time()},
+        headers=Place.of_job(request, now=time.time()).header(),
         argsrepr=shown(request, route),
         kwargsrepr="{}",
     )

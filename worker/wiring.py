@@ -338,7 +338,7 @@ class _Worker:
             switch_seconds=history.seconds_between,
             stand_in=self._stand_in,
         )
-        queues = RedisQueues(client, list(placements))
+        queues = RedisQueues(client, list(placements), max_wait_s=settings.switch.max_wait_s)
         self._switcher = Switcher(
             board=board,
             placements=placements,

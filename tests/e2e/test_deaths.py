@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.redis_client import connect
 from common.schemas import JobState
 from tests.e2e.conftest import LEASE_S, Box
@@ -130,8 +131,7 @@ def test_sigterm_hands_back_what_does_not_end_in_time(box: Box) -> None:
     assert redis.get(keys.status("box")) is None
     assert redis.hlen(keys.UNACKED) == 0
     assert all(box.client.result(job.id) is None for job in sent[:4])
-    waiting = sum(redis.llen(name) for name in keys.lists_of(keys.model_queue("large")))
-    assert waiting == len(sent)
+    assert RedisBacklog(redis).count(keys.model_queue("large")) == len(sent)
 
     box.worker.container.start()
     for job in sent[:4]:
@@ -189,7 +189,7 @@ def test_twenty_kills_under_a_backlog_lose_nothing(box: Box, tmp_path_factory: p
     assert all(job.get(timeout=30)["choices"] for job in sent)
     redis = connect(box.url)
     eventually(lambda: redis.hlen(keys.UNACKED) == 0, within_s=4 * LEASE_S, what="nothing is left in flight")
-    assert sum(redis.llen(name) for m in ("small", "large") for name in keys.lists_of(keys.model_queue(m))) == 0
+    assert [RedisBacklog(redis).count(keys.model_queue(model)) for model in ("small", "large")] == [0, 0]
 
     box.worker.kill("SIGTERM")
     # Engines of this run have one of its models; others on the machine are not ours to judge.

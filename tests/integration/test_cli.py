@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.errors import InvalidRequest
 from worker.cli import read_requests
 from worker.demo.tiny_models import make_tiny_gguf
@@ -87,11 +88,14 @@ def test_what_the_operator_must_change_is_said_in_one_sentence(
 
 def test_status_counts_what_waits_for_nobody(redis_url: str, redis_client: Any) -> None:
     """Every priority's list counts: jobs that wait for the router, and those of models that nobody serves."""
-    for queue, counts in ((keys.SUBMIT_QUEUE, (1, 2, 0, 4)), (keys.model_queue("gone"), (0, 3, 1, 0))):
-        for name, count in zip(keys.lists_of(queue), counts, strict=True):
-            if count:
-                redis_client.rpush(name, *["message"] * count)
-    redis_client.set("model.no-list", "x")
+    for name, count in zip(keys.lists_of(keys.SUBMIT_QUEUE), (1, 2, 0, 4), strict=True):
+        if count:
+            redis_client.rpush(name, *["message"] * count)
+    gone = keys.model_queue("gone")
+    for number in range(4):
+        delivery = {"delivery_tag": str(number), "delivery_info": {"exchange": "", "routing_key": gone}}
+        RedisBacklog(redis_client).put(gone, {"properties": delivery}, "message", now=0.0)
+    redis_client.set(keys.backlog_order(keys.model_queue("none")), "x")
 
     found = json.loads(shiftworker("status", "--json", REDIS_URL=redis_url).stdout)
     assert found == {"workers": [], "away": [], "unserved": {"gone": 4}, "waiting_for_router": 7}

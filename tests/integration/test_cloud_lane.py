@@ -13,6 +13,7 @@ import pytest
 from celery import Celery
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.celery_app import create_app
 from common.schemas import JobRequest, Route
 from common.settings import Settings
@@ -65,8 +66,7 @@ class World:
 
     def waiting(self, queue: str) -> list[str]:
         """The ids of the messages in *queue*, in the order in which they are served."""
-        found = [raw for name in keys.lists_of(queue) for raw in reversed(self.client.lrange(name, 0, -1))]
-        return [json.loads(raw)["headers"]["id"] for raw in found]
+        return [job_id for job_id, _ in RedisBacklog(self.client).walk(queue)]
 
     @property
     def here(self) -> list[str]:
@@ -78,8 +78,9 @@ class World:
 
     def answered(self) -> None:
         """The endpoint has taken those that were on their way."""
-        for name in keys.lists_of(keys.cloud_queue("large")):
-            self.client.delete(name)
+        backlog, queue = RedisBacklog(self.client), keys.cloud_queue("large")
+        for job_id, raw in backlog.walk(queue):
+            backlog.remove(queue, job_id, raw)
 
 
 @pytest.fixture
@@ -167,13 +168,16 @@ def test_everybody_comes_home_while_the_endpoint_rests(app: Celery, world: World
 def test_the_message_is_the_one_that_the_router_sent(app: Celery, world: World) -> None:
     """There with the reason in its route; home again, it is what it was."""
     send(app, "job", temperature=0.5)
-    name = keys.lists_of(keys.model_queue("large"))[1]
-    (before,) = world.client.lrange(name, 0, -1)
+    backlog = RedisBacklog(world.client)
+    before = backlog.find(keys.model_queue("large"), "job")
     world.look()
-    (away,) = world.client.lrange(keys.lists_of(keys.cloud_queue("large"))[1], 0, -1)
+    away = backlog.find(keys.cloud_queue("large"), "job")
     world.broken = {}
     world.look()
-    (after,) = world.client.lrange(name, 0, -1)
+    after = backlog.find(keys.model_queue("large"), "job")
+    assert before is not None
+    assert away is not None
+    assert after is not None
 
     assert json.loads(away)["properties"]["delivery_info"]["routing_key"] == "cloud.large"
     (_, route), _, _ = _body(away)

@@ -15,6 +15,7 @@ from celery import Celery
 from celery.result import AsyncResult
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.celery_app import create_app
 from common.errors import EngineDied, EngineTimeout, JobCancelled
 from common.job_stream import START, read_stream
@@ -75,15 +76,17 @@ def submit(steps: RedisSteps, store: RedisJobStore) -> Iterator[SubmitLane]:
 def test_a_routed_job_lies_in_its_models_queue_under_its_own_headers(
     submit: SubmitLane, store: RedisJobStore, redis_client: RedisClient
 ) -> None:
-    """Its message has moved: same id, the task that answers it, the priority's list, nothing left behind."""
+    """Its message has moved: same id, the task that answers it, the priority's class, nothing left behind."""
     told = make_run(redis_client, "job", {**BODY, "priority": 6, "stream": True}, mine="kept", redelivered=True)
     submit.lane.put(told.run)
     told.run.ended.result(10)
 
     assert told.words == ["moved on"]
     assert in_hand(redis_client) == set()
-    (raw,) = redis_client.lrange(keys.list_of(keys.model_queue("small"), 6), 0, -1)
-    message = json.loads(raw)
+    backlog, queue = RedisBacklog(redis_client), keys.model_queue("small")
+    sums, _heads = backlog.read(queue)
+    assert "jobs 6:default" in sums
+    message = json.loads(backlog.find(queue, "job") or "")
     headers, properties = message["headers"], message["properties"]
     assert (headers["id"], headers["task"], headers["mine"]) == ("job", keys.GENERATE_TASK, "kept")
     assert "redelivered" not in headers

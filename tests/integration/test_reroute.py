@@ -12,10 +12,11 @@ import pytest
 from celery import Celery
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.celery_app import create_app
 from common.schemas import JobRequest, Route
 from common.settings import Settings
-from worker.scheduling.redis_reroute import RedisReroute, for_router, read_list
+from worker.scheduling.redis_reroute import RedisReroute, for_router
 from worker.tasks import _generate_signature, add_generate_task
 
 ROUTE = Route(model="large", complexity=0.9, why="hard")
@@ -37,6 +38,8 @@ def send(app: Celery, job_id: str, **fields: Any) -> None:
 
 def waiting(client: Any, queue: str) -> list[str]:
     """The ids of the messages in *queue*, in the order in which they are served."""
+    if keys.has_backlog(queue):
+        return [job_id for job_id, _ in RedisBacklog(client).walk(queue)]
     found = [raw for name in keys.lists_of(queue) for raw in reversed(client.lrange(name, 0, -1))]
     return [json.loads(raw)["headers"]["id"] for raw in found]
 
@@ -63,7 +66,8 @@ def test_only_jobs_that_any_model_may_answer_are_routed_again(app: Celery, redis
 def test_the_message_is_the_one_that_the_producer_sent(app: Celery, redis_client: Any) -> None:
     """The router's task with the body alone; who waits for it, and what comes after it, stay."""
     send(app, "job", temperature=0.5)
-    (before,) = redis_client.lrange(f"{keys.lists_of(keys.model_queue('large'))[1]}", 0, -1)
+    before = RedisBacklog(redis_client).find(keys.model_queue("large"), "job")
+    assert before is not None
     RedisReroute(redis_client).route_again("large")
     (after,) = redis_client.lrange(keys.lists_of(keys.SUBMIT_QUEUE)[1], 0, -1)
 
@@ -81,10 +85,13 @@ def test_the_message_is_the_one_that_the_producer_sent(app: Celery, redis_client
 @pytest.mark.parametrize("raw", ["", "{", "[]", "null", '{"body": 7}', '{"body": "e30="}'])
 def test_what_is_no_message_of_ours_stays(redis_client: Any, raw: str) -> None:
     """Somebody else may use the same Redis."""
-    redis_client.lpush(keys.model_queue("large"), raw)
+    queue = keys.model_queue("large")
+    delivery = {"delivery_tag": "tag", "delivery_info": {"exchange": "", "routing_key": queue}}
+    RedisBacklog(redis_client).put(queue, {"properties": delivery}, raw, now=0.0)
 
+    assert not RedisReroute(redis_client).waits("large")
     assert RedisReroute(redis_client).route_again("large") == 0
-    assert redis_client.llen(keys.model_queue("large")) == 1
+    assert waiting(redis_client, queue) == ["tag"]
 
 
 def test_a_message_that_somebody_took_meanwhile_is_not_doubled(
@@ -92,12 +99,13 @@ def test_a_message_that_somebody_took_meanwhile_is_not_doubled(
 ) -> None:
     """A consumer may pop it between the look and the move."""
     send(app, "job")
+    look = RedisBacklog.walk
 
-    def read_and_lose(client: Any, name: str) -> Any:
-        found = list(read_list(client, name))
-        client.delete(name)
+    def look_and_lose(backlog: RedisBacklog, queue: str) -> Any:
+        found = list(look(backlog, queue))
+        assert [backlog.remove(queue, job_id, raw) for job_id, raw in found] == [True]
         return iter(found)
 
-    monkeypatch.setattr("worker.scheduling.redis_reroute.read_list", read_and_lose)
+    monkeypatch.setattr(RedisBacklog, "walk", look_and_lose)
     assert RedisReroute(redis_client).route_again("large") == 0
-    assert waiting(redis_client, keys.SUBMIT_QUEUE) == []
+    assert not any(redis_client.llen(name) for name in keys.lists_of(keys.SUBMIT_QUEUE))

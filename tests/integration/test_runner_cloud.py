@@ -13,6 +13,7 @@ import pytest
 from celery.exceptions import Ignore
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.celery_app import create_app
 from common.job_store import MemoryJobStore
 from common.schemas import JobRequest, JobState, Outcome, Route
@@ -180,7 +181,8 @@ def test_a_job_that_stays_goes_back_to_its_model_s_queue(
     finally:
         task.pop_request()
 
-    (message,) = redis_client.lrange(keys.lists_of(keys.model_queue("small"))[1], 0, -1)
+    message = RedisBacklog(redis_client).find(keys.model_queue("small"), "job")
+    assert message is not None
     sent = json.loads(message)
     request, route = json.loads(base64.b64decode(sent["body"]))[0]
     assert (sent["headers"]["task"], sent["headers"]["id"]) == (keys.GENERATE_TASK, "job")

@@ -9,15 +9,16 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from common import keys
+from common.backlog import Place
 from common.errors import ShiftworkerError
 from common.logs import get_logger
 from common.schemas import JobRequest, JobState, Route
 from worker.delivery.lane import Lane, Run
 from worker.delivery.redis_steps import RedisSteps, Routed
 from worker.routing.router import Router
-from worker.scheduling.redis_queues import QUEUED_AT_HEADER
 
 logger = get_logger(__name__)
 
@@ -66,7 +67,7 @@ class SubmitLane:
             job_id=run.task_id,
             delivery=run.delivery,
             message=generate_message(run, request, route, queue=queue, now=now),
-            to=keys.list_of(queue, request.priority),
+            queue=queue,
             fields={
                 "state": JobState.ROUTED,
                 "model": route.model,
@@ -78,15 +79,15 @@ class SubmitLane:
         )
 
 
-def generate_message(run: Run, request: JobRequest, route: Route, *, queue: str, now: float) -> str:
-    """Write the message of the generate task as it lies in its queue: the one that came, with another task in it."""
+def generate_message(run: Run, request: JobRequest, route: Route, *, queue: str, now: float) -> dict[str, Any]:
+    """Write the message of the generate task as it goes to its queue: the one that came, with another task in it."""
     body = [[request.model_dump(mode="json", exclude_none=True), route.model_dump(mode="json")], {}, _EMBED]
     headers = {
         **run.headers,
         "task": keys.GENERATE_TASK,
         "argsrepr": shown(request, route),
         "kwargsrepr": "{}",
-        QUEUED_AT_HEADER: now,
+        **Place.of_job(request, now=now).header(),
     }
     headers.pop("redelivered", None)
     properties = {
@@ -96,15 +97,13 @@ def generate_message(run: Run, request: JobRequest, route: Route, *, queue: str,
         "delivery_info": {"exchange": "", "routing_key": queue},
         "delivery_tag": str(uuid.uuid4()),
     }
-    return json.dumps(
-        {
-            "body": base64.b64encode(json.dumps(body).encode()).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": headers,
-            "properties": properties,
-        }
-    )
+    return {
+        "body": base64.b64encode(json.dumps(body).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers,
+        "properties": properties,
+    }
 
 
 def shown(request: JobRequest, route: Route) -> str:

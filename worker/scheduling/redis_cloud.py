@@ -11,11 +11,11 @@ from itertools import islice
 from typing import Any
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.errors import InvalidRequest
 from common.logs import get_logger
 from common.redis_client import RedisClient
 from common.schemas import JobRequest, Route
-from worker.scheduling.redis_reroute import move, read_list
 
 logger = get_logger(__name__)
 
@@ -23,57 +23,55 @@ Grant = Callable[[JobRequest, Route], str | None]  # why a job may leave; None =
 
 
 class RedisCloud:
-    """The model queues, and beside each the queue of its jobs that the cloud endpoint answers."""
+    """The model queues, and beside each the queue of its jobs for the cloud endpoint; a job keeps its place."""
 
     def __init__(self, client: RedisClient, models: tuple[str, ...]) -> None:
         self._redis = client
+        self._backlog = RedisBacklog(client)
         self._models = models
 
     def on_their_way(self) -> Mapping[str, int]:
         """How many jobs of each model wait for the endpoint; one round trip."""
         with self._redis.pipeline(transaction=False) as pipe:
             for model_id in self._models:
-                for name in keys.lists_of(keys.cloud_queue(model_id)):
-                    pipe.llen(name)
-            lengths = iter(pipe.execute())
-        return {model_id: sum(islice(lengths, len(keys.PRIORITY_STEPS))) for model_id in self._models}
+                pipe.zcard(keys.backlog_order(keys.cloud_queue(model_id)))
+            return dict(zip(self._models, pipe.execute(), strict=True))
 
     def waits(self, model_id: str, grant: Grant) -> bool:
         """Does a job wait for *model_id* that may leave?"""
         return any(self._granted(model_id, grant))
 
     def send(self, model_id: str, grant: Grant, *, most: int) -> int:
-        """Send the first of those jobs, at most *most*, in their order and with their priority; returns how many."""
-        found = list(islice(self._granted(model_id, grant), most))
-        sent = sum(move(self._redis, raw, new, name=name, to=to) for raw, new, name, to in found)
+        """Send the first of those jobs, at most *most*; returns how many."""
+        queue, cloud = keys.model_queue(model_id), keys.cloud_queue(model_id)
+        found = islice(self._granted(model_id, grant), most)
+        sent = sum(self._backlog.move(job_id, raw, new, queue=queue, to=cloud) for job_id, raw, new in found)
         if sent:
             logger.info("routing.sent_to_cloud", model_id=model_id, jobs=sent)
         return sent
 
     def bring_home(self, model_id: str) -> int:
-        """Put every job that is on its way back to the head of its model's queue; returns how many."""
+        """Put every job that is on its way back into its model's queue; returns how many."""
         home = 0
         queue, cloud = keys.model_queue(model_id), keys.cloud_queue(model_id)
-        for name, to in zip(keys.lists_of(cloud), keys.lists_of(queue), strict=True):
-            for raw in reversed(list(read_list(self._redis, name))):  # the head comes last, and is the head again
-                new = _rewritten(raw, queue, lambda _request, route: route.model_copy(update={"cloud": None}))
-                home += move(self._redis, raw, new or raw, name=name, to=to, served_next=True)
+        for job_id, raw in self._backlog.walk(cloud):
+            new = _rewritten(raw, queue, lambda _request, route: route.model_copy(update={"cloud": None}))
+            home += self._backlog.move(job_id, raw, new or raw, queue=cloud, to=queue)
         if home:
             logger.info("routing.back_from_cloud", model_id=model_id, jobs=home)
         return home
 
-    def _granted(self, model_id: str, grant: Grant) -> Iterator[tuple[str, str, str, str]]:
-        """Each message that may leave, what it becomes, its list and the one beside it."""
+    def _granted(self, model_id: str, grant: Grant) -> Iterator[tuple[str, str, str]]:
+        """Each job that may leave: its id, its message, and what that becomes."""
 
         def leaving(request: JobRequest, route: Route) -> Route | None:
             why = grant(request, route)
             return None if why is None else route.model_copy(update={"cloud": why})
 
-        queue, cloud = keys.model_queue(model_id), keys.cloud_queue(model_id)
-        for name, to in zip(keys.lists_of(queue), keys.lists_of(cloud), strict=True):
-            for raw in read_list(self._redis, name):
-                if (new := _rewritten(raw, cloud, leaving)) is not None:
-                    yield raw, new, name, to
+        cloud = keys.cloud_queue(model_id)
+        for job_id, raw in self._backlog.walk(keys.model_queue(model_id)):
+            if (new := _rewritten(raw, cloud, leaving)) is not None:
+                yield job_id, raw, new
 
 
 def _rewritten(raw: str, queue: str, change: Callable[[JobRequest, Route], Route | None]) -> str | None:

@@ -1,53 +1,65 @@
 """
-Reads the Backlog: how many jobs wait in each model's queue, and since when.
+Reads the Backlog: how many jobs wait for each model, whose they are, and since when.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from common import keys
+from common.backlog import RedisBacklog
 from common.redis_client import RedisClient
-from worker.state.backlog import Backlog, Waiting
-
-QUEUED_AT_HEADER = "shiftworker_queued_at"  # Unix seconds; Celery's messages carry no time of their own
+from worker.state.backlog import Backlog, Lane, Waiting
 
 
 class RedisQueues:
-    """The model queues as Redis lists; one round trip a reading, whatever the number of jobs."""
+    """The model queues; one round trip a reading, whatever the number of jobs."""
 
-    def __init__(self, client: RedisClient, models: Sequence[str]) -> None:
+    def __init__(self, client: RedisClient, models: Sequence[str], *, max_wait_s: float | None = None) -> None:
         self._redis = client
         self._models = tuple(models)
+        self._backlog = RedisBacklog(client, max_wait_s=max_wait_s)
 
     def backlog(self) -> Backlog:
-        """Read every model's queue."""
+        """Read every model's queue; what a stock producer has pushed to its lists joins its backlog."""
         with self._redis.pipeline(transaction=False) as pipe:
             for model in self._models:
+                RedisBacklog(pipe).read(keys.model_queue(model))
                 for name in keys.lists_of(keys.model_queue(model)):
                     pipe.llen(name)
-                    pipe.lindex(name, -1)  # the head: consumers pop from this end
-            found = pipe.execute()
-        per_model = 2 * len(keys.PRIORITY_STEPS)
-        return Backlog(
-            by_model={
-                model: _waiting(found[start : start + per_model])
-                for model, start in zip(self._models, range(0, len(found), per_model), strict=True)
-            }
+            found = iter(pipe.execute())
+        by_model: dict[str, Waiting] = {}
+        for model in self._models:
+            lanes = tuple(_lanes(*next(found)))
+            in_lists = sum(next(found) for _ in keys.PRIORITY_STEPS)
+            by_model[model] = Waiting(
+                count=sum(lane.count for lane in lanes) + in_lists,
+                oldest_at=min((lane.oldest_at for lane in lanes if lane.oldest_at is not None), default=None),
+                lanes=lanes,
+            )
+            if in_lists:
+                self._backlog.adopt(keys.model_queue(model), now=time.time())
+        return Backlog(by_model=by_model)
+
+
+def _lanes(sums: Sequence[Any], heads: Sequence[Sequence[Any]]) -> Iterator[Lane]:
+    """Each lane of one queue's reading (backlog_scripts.READ), by class and tenant."""
+    amounts = {name: int(amount) for name, amount in zip(sums[::2], sums[1::2], strict=True)}
+
+    def tokens(what: str, lane: str) -> int | None:
+        return None if amounts.get(f"{what}? {lane}") else amounts.get(f"{what} {lane}", 0)
+
+    for lane, oldest, newest, deadline in sorted(heads, key=lambda head: str(head[0])):
+        priority, _, tenant = lane.partition(":")
+        yield Lane(
+            count=amounts[f"jobs {lane}"],
+            oldest_at=float(oldest),
+            newest_at=float(newest),
+            priority=int(priority),
+            tenant=tenant,
+            prompt_tokens=tokens("prompt_tokens", lane),
+            output_tokens=tokens("output_tokens", lane),
+            deadline_at=None if deadline is None else float(deadline),
         )
-
-
-def _waiting(found: Sequence[int | str | None]) -> Waiting:
-    counts, heads = found[::2], found[1::2]
-    ages = [at for head in heads if isinstance(head, str) and (at := _queued_at(head)) is not None]
-    return Waiting(count=sum(count for count in counts if isinstance(count, int)), oldest_at=min(ages, default=None))
-
-
-def _queued_at(message: str) -> float | None:
-    """When the router queued this message; None if it does not say."""
-    try:
-        at = json.loads(message)["headers"][QUEUED_AT_HEADER]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return float(at) if isinstance(at, int | float) else None
