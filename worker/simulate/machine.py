@@ -5,7 +5,7 @@ The physics of a simulated worker: one model ready at a time, its places, its sw
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -131,6 +131,11 @@ class Machine:
         self.loading = False  # jobs in flight have ended, the switch itself runs
         self.running = 0
         self.reading_until = 0.0  # a prompt is read; the next one waits for it
+
+    def begin_with(self, started: Collection[str], ready: str | None, since: float, *, running: int) -> None:
+        """Begin in the middle: some models have been loaded, one may be ready and have jobs in flight."""
+        self._started.update(started)
+        self.ready, self.since, self.running = ready, since, running
 
     def switch_s(self, model: str) -> float:
         """Seconds that the next switch to *model* takes here."""

@@ -58,6 +58,22 @@ class Sight:
 Policy = Callable[[Sight], Turn]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How things are when a run begins; unless it is told, nothing has happened yet."""
+
+    at_s: float = 0.0  # jobs that came before wait since then
+    ready: str | None = None  # the model that is ready on the first worker ...
+    since_s: float = 0.0  # ... since when ...
+    ends_s: tuple[float, ...] = ()  # ... and when the jobs in flight end
+    started: frozenset[str] = frozenset()  # models that need no first load any more
+    target: str | None = None  # of a switch that is asked for, or under way ...
+    target_at_s: float | None = None  # ... when it will be ready; None = it waits for the jobs in flight
+
+
+_NOTHING_YET = Start()
+
+
 def simulate(
     jobs: Sequence[TracedJob],
     costs: Mapping[str, ModelCosts],
@@ -66,15 +82,19 @@ def simulate(
     workers: int = 1,
     max_wait_s: float,
     line: bool = False,
+    start: Start = _NOTHING_YET,
+    only: int | None = None,
 ) -> Run:
     """
-    Run *jobs* to their end.
+    Run *jobs*, sorted by arrival, to their end, or until the job of the number *only* has its place.
 
     One model is ready at a time on each worker; a switch waits for the jobs in flight, then takes load_s (the first
     time there) or wake_s. A job starts when a place is free and no other prompt is read. With *line*, jobs start in
     the order of their arrival, whatever their model: FIFO.
     """
-    return _Simulation(jobs, costs, policy, workers, max_wait_s, line=line).run()
+    simulation = _Simulation(jobs, costs, policy, workers, max_wait_s, line=line)
+    simulation.begin(start)
+    return simulation.run(only)
 
 
 class _Simulation:
@@ -100,20 +120,37 @@ class _Simulation:
         self._events: list[tuple[float, int, int]] = []  # moment, kind, machine
         self._run = Run(jobs=jobs, starts=[0.0] * len(jobs), ends=[0.0] * len(jobs))
         self._waiting = 0
+        self._begins_s = 0.0
 
-    def run(self) -> Run:
-        jobs, events = self._jobs, self._events
+    def begin(self, start: Start) -> None:
+        self._begins_s = start.at_s
+        machine = self._machines[0]
+        machine.begin_with(start.started, start.ready, start.since_s, running=len(start.ends_s))
+        if start.ready is not None:
+            self._turns[0] = TurnTaken(machine.name, start.ready, start.since_s, start.since_s, "it was ready")
+        for ends_s in start.ends_s:
+            heappush(self._events, (max(ends_s, start.at_s), _END, 0))
+        if start.target is not None:
+            machine.target, machine.loading = start.target, start.target_at_s is not None
+            self._turns[0] = TurnTaken(machine.name, start.target, start.at_s, start.at_s, "it was asked for")
+            soon = (start.at_s, _LOOK, 0) if start.target_at_s is None else (start.target_at_s, _READY, 0)
+            heappush(self._events, soon)
+
+    def run(self, only: int | None) -> Run:
+        jobs, events, ends = self._jobs, self._events, self._run.ends
         arrived, total = 0, len(jobs)
-        while arrived < total or events:
-            now = min(events[0][0] if events else math.inf, jobs[arrived].arrival_s if arrived < total else math.inf)
+        comes = max(jobs[0].arrival_s, self._begins_s) if jobs else math.inf
+        while (arrived < total or events) and not (only is not None and ends[only]):
+            now = min(events[0][0], comes) if events else comes
             touched: set[int] = set()
             while events and events[0][0] == now:
                 _, kind, which = heappop(events)
                 self._happen(kind, which, now)
                 touched.add(which)
-            while arrived < total and jobs[arrived].arrival_s == now:
+            while comes == now:
                 self._arrive(arrived, touched)
                 arrived += 1
+                comes = max(jobs[arrived].arrival_s, self._begins_s) if arrived < total else math.inf
             for which in touched:
                 self._advance(which, now)
         return self._run
