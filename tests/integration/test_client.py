@@ -20,9 +20,10 @@ from celery import Celery, states
 from celery.exceptions import TaskRevokedError
 
 from common import JobClient, JobState, Ledger, NotEndedYet, Outcome, PromptTooLong, keys
+from common.backlog import RedisBacklog
 from common.errors import JobCancelled
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody
+from common.schemas import ErrorBody, Route
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,38 @@ def test_whoever_waits_hears_of_a_cancel_at_once(redis_url: str, redis_client: A
     assert not canceller.cancel(job_id)
     producer.close()
     canceller.close()
+
+
+def route(client: JobClient, redis_client: Any, job_id: str, **options: Any) -> None:
+    """Bring a job to its model's queue, as the router does."""
+    chosen = Route(model="large", complexity=0.5, why="hard")
+    RedisJobStore(redis_client, ttl_s=60).note_routed(job_id, chosen)
+    arguments = [BODY, chosen.model_dump(mode="json")]
+    client._app.send_task(
+        keys.GENERATE_TASK, args=arguments, task_id=job_id, queue=keys.model_queue("large"), **options
+    )
+
+
+def test_a_waiting_job_that_is_cancelled_leaves_the_line_at_once(client: JobClient, redis_client: Any) -> None:
+    """Status says how many are ahead; those behind a cancelled job move up, and its message is gone."""
+    for job_id in ("first", "second", "third"):
+        route(client, redis_client, job_id)
+    assert [client.status(job_id).ahead for job_id in ("first", "second", "third")] == [0, 1, 2]
+
+    assert client.cancel("second")
+    assert [client.status(job_id).ahead for job_id in ("first", "second", "third")] == [0, None, 1]
+    outcome = client.result("second")
+    assert outcome is not None
+    assert outcome.state is JobState.CANCELLED
+    assert [job_id for job_id, _ in RedisBacklog(redis_client).walk(keys.model_queue("large"))] == ["first", "third"]
+
+
+def test_a_cancelled_part_of_a_group_waits_for_its_turn(client: JobClient, redis_client: Any) -> None:
+    """It has ended for whoever waits, but only the worker that takes its message can tell its chord."""
+    route(client, redis_client, "part", group_id="group")
+    assert client.cancel("part")
+    assert client.status("part").state is JobState.CANCELLED
+    assert RedisBacklog(redis_client).count(keys.model_queue("large")) == 1
 
 
 def test_a_wait_that_is_over_looks_at_the_record_first(
