@@ -103,16 +103,16 @@ def make_world(seed: int, kind: str, *, load: float | None = None, count: int | 
 
 
 def make_starvation(seed: int) -> World:
-    """Two hours of steady traffic that keeps one model busy all the time, and a few jobs for another one."""
+    """Ninety minutes of steady traffic that keeps one model busy all the time, and a few jobs for another one."""
     dice = random.Random(seed)
-    job_s, at_once = dice.choice((0.2, 1.0, 3.0)), dice.choice((1, 1, 8))
+    job_s, at_once = dice.choice((0.5, 1.0, 3.0)), dice.choice((1, 1, 4))
     costs = {
         model: make_costs(load_s=dice.uniform(2, 60), wake_s=dice.uniform(0.5, 10), job_s=job_s, at_once=at_once)
         for model in ("busy", "rare")
     }
     jobs, at = [], 0.0
-    while at < 7200:
+    while at < 5400:
         jobs.append(make_job(len(jobs), "busy", at))
-        at += job_s / at_once / 0.995
-    jobs += [make_job(len(jobs) + n, "rare", dice.uniform(60, 3000)) for n in range(6)]
+        at += job_s / at_once
+    jobs += [make_job(len(jobs) + n, "rare", dice.uniform(60, 1500)) for n in range(6)]
     return World(jobs=sorted(jobs, key=lambda job: job.arrival_s), costs=costs)

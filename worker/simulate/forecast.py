@@ -16,7 +16,7 @@ from worker.simulate.run import Start, simulate
 from worker.simulate.trace import TracedJob
 from worker.state.backlog import Backlog, Lane
 
-_RUNS = 40
+_RUNS = 30
 _MOST = 500  # jobs in a run; of more, several are played as one
 _PACE_ERROR = 0.05  # how far a measured pace or switch is off for a whole run; of a normal distribution
 _RANGE = 0.1, 0.9
@@ -57,7 +57,7 @@ class Finish:
     low_at: float
     middle_at: float
     high_at: float
-    switches: int  # that it waits for, in the middle case
+    switches: int  # that it waits for in the middle case, the one under way too
 
 
 def forecast_finish(snapshot: Snapshot, model_id: str, *, ahead: int) -> Finish | None:
@@ -103,7 +103,7 @@ def _play(snapshot: Snapshot, model_id: str, ahead: int, bundle: int, dice: rand
     costs = {model: _unsure(cost, dice) for model, cost in snapshot.costs.items()}
     decide = shiftworker(snapshot.costs, max_wait_s=snapshot.max_wait_s, min_turn_s=snapshot.min_turn_s)
     run = simulate(jobs, costs, decide, max_wait_s=snapshot.max_wait_s, start=start, only=target)
-    return run.ends[target], len(run.turns)
+    return run.ends[target], len(run.turns) + (snapshot.target is not None)
 
 
 def _jobs_of(lane: Lane, model: str, bundle: int, snapshot: Snapshot, dice: random.Random) -> list[TracedJob]:

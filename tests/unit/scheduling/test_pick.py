@@ -4,14 +4,16 @@ Whose turn it is, in every small world: promises that hold in all of them, and a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 
 import pytest
 
-from worker.scheduling.pick import Turn, pick_turn
-from worker.state.backlog import Backlog, Waiting
+from worker.scheduling.pick import Knowledge, Turn, pick_turn
+from worker.state.backlog import Backlog, Lane, Waiting
+from worker.state.pace import Pace
 from worker.state.residency import Level, Quarantine, Residency, Resident
 
 NOW = 10_000.0
@@ -251,3 +253,108 @@ def test_a_job_over_the_bound_comes_before_one_that_fits_beside() -> None:
     assert pick(world, places=2, beside={"c"}).model_id == "b"
     assert pick(world, places=2, beside={"b", "c"}).model_id == "b"
     assert pick({**world, "b": Model(count=1, age=20.0)}, places=2, beside={"c"}).model_id == "c"
+
+
+def test_a_decision_costs_the_same_however_many_jobs_wait() -> None:
+    """It reads sums: the same steps of Python for ten jobs and for a hundred thousand."""
+    assert steps_of_a_decision(jobs=10) == steps_of_a_decision(jobs=100_000)
+
+
+def steps_of_a_decision(*, jobs: int) -> int:
+    """Count the lines that run for one decision between ten models with three classes each."""
+    names = [f"m{n}" for n in range(10)]
+    lanes = tuple(
+        Lane(
+            count=jobs // 10,
+            priority=priority,
+            oldest_at=NOW - 100,
+            newest_at=NOW,
+            prompt_tokens=10 * jobs,
+            output_tokens=10 * jobs,
+        )
+        for priority in (0, 3, 9)
+    )
+    backlog = Backlog(
+        by_model={name: Waiting(count=3 * (jobs // 10), oldest_at=NOW - 100, lanes=lanes) for name in names}
+    )
+    ready = Resident(model_id="m4", level=Level.READY, bytes=1, since=NOW - 100)
+    residency = Residency(capacity=9, max_residents=1, residents=(ready,), switch_s=dict.fromkeys(names, 5.0))
+    pace = Pace(prefill_tokens_per_s=1e9, decode_tokens_per_s=1e9, at_once=8)
+    lines = 0
+
+    def count(_frame: object, event: str, _argument: object) -> object:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)  # type: ignore[arg-type]
+    try:
+        turn = pick_turn(
+            backlog, residency, names, now=NOW, max_wait_s=MAX_WAIT_S, min_turn_s=MIN_TURN_S,
+            known=Knowledge(paces=dict.fromkeys(names, pace)),
+        )  # fmt: skip
+    finally:
+        sys.settrace(before)
+    assert turn.model_id == "m4"
+    return lines
+
+
+def test_a_model_that_others_serve_is_theirs_unless_a_share_pays() -> None:
+    """Half of 30 s of work is worth a switch of 10 s, half of 10 s is not; what nobody serves comes first."""
+    pace = Pace(job_s=1.0)
+    residency = Residency(capacity=9, max_residents=1, switch_s={"a": 10.0, "b": 10.0})
+
+    def turn(**counts: int) -> str | None:
+        backlog = Backlog(by_model={model: Waiting(count=n, oldest_at=NOW - n) for model, n in counts.items()})
+        known = Knowledge(paces={"a": pace, "b": pace}, elsewhere={"a": 1})
+        return pick_turn(
+            backlog, residency, ["a", "b"], now=NOW, max_wait_s=MAX_WAIT_S, min_turn_s=MIN_TURN_S, known=known
+        ).model_id
+
+    assert turn(a=10) is None
+    assert turn(a=30) == "a"
+    assert turn(a=30, b=1) == "b"
+
+
+def test_the_bound_of_a_lane_is_its_own() -> None:
+    """A tenant who may wait for 50 s only brings its model while others of 600 s do not."""
+    pace = Pace(job_s=1.0)
+    ready = Resident(model_id="a", level=Level.READY, bytes=1, since=NOW - 1000)
+    residency = Residency(capacity=9, max_residents=1, residents=(ready,), switch_s={"a": 2.0, "b": 2.0})
+
+    def turn(max_wait_s: float | None) -> Turn:
+        lane = Lane(count=1, oldest_at=NOW - 48, max_wait_s=max_wait_s)
+        backlog = Backlog(
+            by_model={
+                "a": Waiting(count=500, oldest_at=NOW - 40),
+                "b": Waiting(count=1, oldest_at=NOW - 48, lanes=(lane,)),
+            }
+        )
+        return pick_turn(
+            backlog, residency, ["a", "b"], now=NOW, max_wait_s=MAX_WAIT_S, min_turn_s=MIN_TURN_S,
+            known=Knowledge(paces={"a": pace, "b": pace}),
+        )  # fmt: skip
+
+    assert turn(50.0).model_id == "b"
+    assert turn(None).model_id == "a"
+
+
+def test_a_short_detour_pays() -> None:
+    """Two hundred jobs of 10 ms instead of behind 200 s of others; not while the turn has not paid for it."""
+    ready = Resident(model_id="a", level=Level.READY, bytes=1, since=NOW - 1000)
+    residency = Residency(capacity=9, max_residents=1, residents=(ready,), switch_s={"a": 2.0, "b": 2.0})
+    backlog = Backlog(
+        by_model={"a": Waiting(count=200, oldest_at=NOW - 20), "b": Waiting(count=200, oldest_at=NOW - 5)}
+    )
+
+    def turn(job_s: float, since: float = NOW - 1000) -> str | None:
+        here = replace(residency, residents=(replace(ready, since=since),))
+        known = Knowledge(paces={"a": Pace(job_s=1.0), "b": Pace(job_s=job_s)})
+        return pick_turn(
+            backlog, here, ["a", "b"], now=NOW, max_wait_s=MAX_WAIT_S, min_turn_s=MIN_TURN_S, known=known
+        ).model_id
+
+    assert turn(0.01) == "b"
+    assert turn(0.1) == "a"
+    assert turn(0.01, since=NOW - 50) == "a"

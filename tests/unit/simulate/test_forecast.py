@@ -66,8 +66,8 @@ def test_four_of_five_jobs_end_within_their_range() -> None:
     """
     inside = asked = 0
     for kind in KINDS:
-        for seed in range(3):
-            world = noisy(make_world(seed, kind, count=300), 0.5)
+        for seed in range(2):
+            world = noisy(make_world(seed, kind, count=200), 0.5)
             run = world.run()
             now = max(job.arrival_s for job in world.jobs)
             snapshot, line = snapshot_of(world, run, now)
@@ -77,17 +77,17 @@ def test_four_of_five_jobs_end_within_their_range() -> None:
                     assert isinstance(found, Finish)
                     asked += 1
                     inside += found.low_at <= run.ends[numbers[ahead]] <= found.high_at
-    assert asked > 60
+    assert asked > 40
     assert inside / asked >= 0.75
 
 
 def test_the_range_holds_while_jobs_keep_coming() -> None:
     """With what is known of the traffic: steady traces, asked in their middle."""
     inside = asked = 0
-    for seed in range(4):
-        world = noisy(make_world(seed, "steady", count=400), 0.5)
+    for seed in range(3):
+        world = noisy(make_world(seed, "steady", count=300), 0.5)
         run = world.run()
-        now = world.jobs[200].arrival_s
+        now = world.jobs[150].arrival_s
         seconds = world.jobs[-1].arrival_s
         traffic = {
             model: Traffic(
@@ -102,7 +102,7 @@ def test_the_range_holds_while_jobs_keep_coming() -> None:
                 assert isinstance(found, Finish)
                 asked += 1
                 inside += found.low_at <= run.ends[numbers[ahead]] <= found.high_at
-    assert asked > 20
+    assert asked > 15
     assert inside / asked >= 0.75
 
 
