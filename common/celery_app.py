@@ -45,6 +45,8 @@ def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
         "task_reject_on_worker_lost": True,
         # What waits stays in Redis, where it can be counted, ordered and given to another worker.
         "worker_prefetch_multiplier": 1,
+        # How many are in hand follows the engines (worker/scheduling/admit.py), also after a reconnect.
+        "worker_enable_prefetch_count_reduction": False,
         # Redis may go away and come back; nothing ends because of it.
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,

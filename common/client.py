@@ -29,6 +29,7 @@ from common.redis_job_store import RedisJobStore
 from common.schemas import ErrorBody, HardwareStatus, JobRequest, JobState, JobView, Ledger, Offer, Outcome, StreamEvent
 from common.settings import Settings
 
+_REACHED_S = 1.0  # after a job was taken: to send fails fast enough, without asking first
 _RETRY_PUBLISH = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
 
 
@@ -56,6 +57,7 @@ class JobClient:
         self._redis = connect(self._url)
         self._store = RedisJobStore(self._redis, ttl_s=settings.job.result_ttl_s)
         self._backlog = RedisBacklog(self._redis)
+        self._reached_at = -_REACHED_S  # when Redis last took a job; monotonic
         self._door = Door(self._redis, settings.limit)
 
     def submit(self, request: Mapping[str, Any] | JobRequest, *, job_id: str | None = None) -> str:
@@ -76,7 +78,8 @@ class JobClient:
         """
         parsed = request if isinstance(request, JobRequest) else JobRequest.parse(dict(request))
         job_id = job_id or str(uuid.uuid4())
-        ping(self._redis, self._url)
+        if time.monotonic() - self._reached_at > _REACHED_S:
+            ping(self._redis, self._url)
         self._door.check(parsed)
         try:
             self._app.send_task(
@@ -93,6 +96,7 @@ class JobClient:
                 f"The job was not sent: Redis at {without_password(self._url)} went away ({error}). Submit it again "
                 f"with job_id={job_id!r}: should the first one have arrived after all, it runs only once."
             ) from error
+        self._reached_at = time.monotonic()
         return job_id
 
     def wait(self, job_id: str, timeout: float | None = None) -> Outcome:

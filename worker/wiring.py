@@ -51,6 +51,7 @@ from worker.engines.vllm_host import VllmHostEngine
 from worker.engines.vllm_server import VllmServerEngine, find_python, find_version
 from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
+from worker.jobs.capacities import Capacities
 from worker.jobs.cloud_lane import CloudLane, StandIn
 from worker.jobs.job_lane import JobLane
 from worker.jobs.runner import JobLimits, JobRunner
@@ -89,6 +90,7 @@ logger = get_logger(__name__)
 
 _SWITCH_EXPIRES_S = 60.0  # a switch task that nobody took by then is worthless: the heart has asked again
 _ROUTER_THREADS = 4
+_ROUTER_TAKES = 64  # jobs in hand: its lane routes them together
 _RUN_DIR_PREFIX = "sw-"
 
 
@@ -235,6 +237,7 @@ def run_router(settings: Settings) -> int:
     owner = _owner(name)
     client, patient = _redis(settings)
     app = create_app(settings, owner=owner)
+    app.conf.worker_prefetch_multiplier = _ROUTER_TAKES // _ROUTER_THREADS
     store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
     gate = Gate(limits=settings.limit, egress=settings.egress, webhooks=settings.webhook.secret is not None)
     router = Router(store=store, offers=lambda: _offered(client), rules=rules, gate=gate)
@@ -328,6 +331,7 @@ class _Worker:
             stand_in=self._stand_in,
             served_elsewhere=lambda: _served_elsewhere(client, self._name),
         )
+        capacities = Capacities(placements, engines, threads=settings.worker.concurrency)
         runner = JobRunner(
             worker=self._name,
             store=store,
@@ -348,7 +352,7 @@ class _Worker:
             fetch=fetch_files,
             hand_back=runner.hand_back,
             record=history.add,
-            measured=_keeper_of_measurements(client, settings, found.machine),
+            measured=_both(capacities.loaded, _keeper_of_measurements(client, settings, found.machine)),
             load_speed=history.load_speed,
             times=history.times,
             backlog=queues.backlog,
@@ -370,6 +374,8 @@ class _Worker:
             consumer=consumer,
             cloud_lane=cloud_lane,
             runner=runner,
+            capacities=capacities,
+            threads=settings.worker.concurrency,
             status=self._status,
             send_switch=self._send_switch,
             max_temperature_c=settings.switch.max_temperature_c,
@@ -505,6 +511,18 @@ def _keeper_of_measurements(
         measurements.save(Measurement(key=key, predicted=placement.memory, measured=measured, at=utc_now()))
 
     return keep
+
+
+def _both(
+    first: Callable[[Placement, Measured], object], second: Callable[[Placement, Measured], object]
+) -> Callable[[Placement, Measured], None]:
+    """Tell two of a load."""
+
+    def tell(placement: Placement, measured: Measured) -> None:
+        first(placement, measured)
+        second(placement, measured)
+
+    return tell
 
 
 def engine_names(settings: Settings) -> Mapping[EngineKind, str]:

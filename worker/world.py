@@ -14,6 +14,7 @@ from common.logs import get_logger
 from common.schemas import HardwareStatus, Offer, OfferedModel, utc_now
 from worker.hardware.gpu import Machine, MachineReader
 from worker.hardware.stub import NoGpuReader
+from worker.jobs.capacities import Capacities
 from worker.jobs.cloud_lane import CloudLane
 from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
@@ -23,6 +24,7 @@ from worker.residency.plan import fitting_beside
 from worker.residency.prefetch import choose_prefetch
 from worker.residency.run import needs_of
 from worker.residency.switcher import Switcher
+from worker.scheduling.admit import admit_jobs
 from worker.scheduling.celery_consumer import CeleryConsumer
 from worker.scheduling.pick import Turn
 from worker.scheduling.redis_queues import RedisQueues
@@ -57,6 +59,8 @@ class WorkerWorld:
         consumer: CeleryConsumer,
         cloud_lane: CloudLane,
         runner: JobRunner,
+        capacities: Capacities,
+        threads: int,
         status: RedisStatus,
         send_switch: Callable[[str, int, str], None],
         max_temperature_c: float,
@@ -74,6 +78,8 @@ class WorkerWorld:
         self._consumer = consumer
         self._cloud_lane = cloud_lane
         self._runner = runner
+        self._capacities = capacities
+        self._threads = threads
         self._status = status
         self._send_switch = send_switch
         self._max_temperature_c = max_temperature_c
@@ -118,8 +124,10 @@ class WorkerWorld:
 
     def serve(self, models: Iterable[str]) -> None:
         """See World."""
+        models = tuple(models)
         queues = [*map(keys.model_queue, models), *map(keys.cloud_queue, self._cloud_lane.open)]
-        self._consumer.serve(() if self.stopping else queues)
+        admission = admit_jobs([self._capacities.of(model) for model in models], otherwise=self._threads)
+        self._consumer.serve(() if self.stopping else queues, at_once=admission.jobs)
 
     def stop_cancelled_jobs(self) -> None:
         """See World."""

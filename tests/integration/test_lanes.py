@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -158,6 +159,9 @@ class AskedEngine(StubEngine):
 
     def channel(self, model_id: str) -> AskedEngine:
         return self
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def ask(self, call: Call, stop: StopSignal, done: OnAnswer) -> Callable[[], object]:
         def stopped() -> Completion:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Protocol, runtime_checkable
@@ -136,6 +137,10 @@ OnAnswer = Callable[[Read], object]
 
 class Channel(Protocol):
     """A way to ask one ready model many things at once, without a thread for each."""
+
+    def together(self) -> AbstractContextManager[object]:
+        """Send what is asked within this context in one piece, at its end."""
+        ...
 
     def ask(self, call: Call, stop: StopSignal, done: OnAnswer) -> Callable[[], object]:
         """

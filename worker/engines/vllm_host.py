@@ -342,6 +342,7 @@ class _HostedEngine:
         self._connection: socket.socket | None = None
         self._process: psutil.Process | None = None
         self._sending = threading.Lock()
+        self._held: list[bytes] | None = None  # what is to be sent in one piece; None = nothing is held back
         self._numbers = count(1)
         self._waiting: dict[int, tuple[Future[bytes], _Stream | None]] = {}  # callers, by number
         self._news: queue.SimpleQueue[Frame] = queue.SimpleQueue()  # of the load: READY, FAILED, ENDED
@@ -407,6 +408,18 @@ class _HostedEngine:
             expire()
             read = answered.result()
         return read()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Send what is asked within this context in one piece; see `Channel`."""
+        with self._sending:
+            self._held = []
+        try:
+            yield
+        finally:
+            with self._sending:
+                held, self._held = self._held, None
+                self._write(b"".join(held or ()))
 
     def ask(self, call: Call, stop: StopSignal, done: OnAnswer) -> Callable[[], object]:
         """Send one request; see `Channel`."""
@@ -531,9 +544,16 @@ class _HostedEngine:
         return number, answer
 
     def _transmit(self, frame: Frame) -> None:
+        with self._sending:
+            if self._held is not None:
+                self._held.append(pack(frame))
+            else:
+                self._write(pack(frame))
+
+    def _write(self, data: bytes) -> None:
         assert self._connection is not None  # noqa: S101 - it was started
-        with self._sending, suppress(OSError):  # broken: the reader sees that too, and tells every caller
-            self._connection.sendall(pack(frame))
+        with suppress(OSError):  # broken: the reader sees that too, and tells every caller
+            self._connection.sendall(data)
 
     def _read(self) -> None:
         """Hand out what the engine says, until it has ended."""

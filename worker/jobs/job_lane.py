@@ -21,7 +21,7 @@ from common.schemas import JobRequest, Ledger, Outcome, Route, utc_now
 from worker.delivery.lane import Lane, Run
 from worker.delivery.redis_steps import Begun, Ended, RedisSteps
 from worker.engines.base import Channel, JobStopped, Read
-from worker.jobs.runner import JobRunner, Ran, answered
+from worker.jobs.runner import JobRunner, Ran
 
 logger = get_logger(__name__)
 
@@ -110,12 +110,15 @@ class JobLane:
             for job in jobs:
                 job.leave()
             return
-        for job in jobs:
-            if (found := begun[job.id]) is None:
-                job.leave()
-                continue
-            job.run.accepted()
-            self._ask(job, found)
+        with ExitStack() as sent:
+            for channel in {id(job.channel): job.channel for job in jobs}.values():
+                sent.enter_context(channel.together())
+            for job in jobs:
+                if (found := begun[job.id]) is None:
+                    job.leave()
+                    continue
+                job.run.accepted()
+                self._ask(job, found)
 
     def _ask(self, job: _Job, begun: Begun) -> None:
         queued_at = None if begun.queued_at is None else datetime.fromtimestamp(begun.queued_at, UTC)
@@ -138,7 +141,7 @@ class JobLane:
             self._asked.pop(job.id, None)
             job.place.close()
             try:
-                ended.append((answer, answered(job.id, job.ledger, answer.read())))
+                ended.append((answer, self._runner.answered(job.id, job.ledger, answer.read())))
             except (ShiftworkerError, JobStopped):
                 self._leave_the_end(answer)
         try:

@@ -105,6 +105,7 @@ class JobRunner:
         limits: JobLimits,
         switch_seconds: Callable[[datetime, datetime], float],
         stand_in: StandIn | None = None,
+        on_answer: Callable[[str, Completion], object] = lambda _model_id, _completion: None,
     ) -> None:
         self._worker = worker
         self._store = store
@@ -114,6 +115,7 @@ class JobRunner:
         self._limits = limits
         self._switch_seconds = switch_seconds
         self._stand_in = stand_in
+        self._on_answer = on_answer
         self.tokens = TokenWriter(store)
         self._ran: dict[str, Ran] = {}  # by delivery
         self._running: dict[str, _Run] = {}  # by job id
@@ -187,7 +189,7 @@ class JobRunner:
                         self.tokens.flush()  # before the end is stored: nothing is added to a stream behind it
         except (ShiftworkerError, JobStopped) as error:
             return self._failed(job_id, request, ledger, stop, error)
-        return self._finish(answered(job_id, ledger, completion))
+        return self._finish(self.answered(job_id, ledger, completion))
 
     # --- What a lane does step by step: see job_lane.py --------------------------------------------------
 
@@ -239,6 +241,22 @@ class JobRunner:
             attempt=attempt, queued_at=queued_at, **waited,
         )  # fmt: skip
 
+    def answered(self, job_id: str, ledger: Ledger, completion: Completion) -> Outcome:
+        """Give the outcome of a job that its engine has just answered; it is not stored yet."""
+        if ledger.model is not None and ledger.cloud is None:
+            self._on_answer(ledger.model, completion)
+        measured = ledger.model_copy(
+            update={
+                "prefill_s": completion.prefill_s,
+                "decode_s": completion.decode_s,
+                "run_s": round(completion.run_s, 4),
+                "prompt_tokens": completion.prompt_tokens,
+                "completion_tokens": completion.completion_tokens,
+                "finished_at": utc_now(),
+            }
+        )
+        return Outcome(job_id=job_id, state=JobState.ANSWERED, response=dict(completion.response), ledger=measured)
+
     def leave_the_end(self, delivery: str, ran: Ran) -> None:
         """Keep what a lane could not end by itself, for the `run` of the same delivery that follows."""
         self._ran[delivery] = ran
@@ -250,7 +268,7 @@ class JobRunner:
             completion = ran.read()
         except (ShiftworkerError, JobStopped) as error:
             return self._failed(ran.job_id, ran.request, ran.ledger, ran.stop, error)
-        return self._finish(answered(ran.job_id, ran.ledger, completion))
+        return self._finish(self.answered(ran.job_id, ran.ledger, completion))
 
     @contextmanager
     def _ready_engine(self, job_id: str, request: JobRequest, route: Route) -> Iterator[Engine]:
@@ -370,21 +388,6 @@ class JobRunner:
         kept = self._store.finish(outcome)
         logger.info("jobs.ended", job_id=kept.job_id, state=kept.state, model_id=kept.ledger.model)
         return kept
-
-
-def answered(job_id: str, ledger: Ledger, completion: Completion) -> Outcome:
-    """The outcome of a job that its engine has just answered."""
-    measured = ledger.model_copy(
-        update={
-            "prefill_s": completion.prefill_s,
-            "decode_s": completion.decode_s,
-            "run_s": round(completion.run_s, 4),
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": completion.completion_tokens,
-            "finished_at": utc_now(),
-        }
-    )
-    return Outcome(job_id=job_id, state=JobState.ANSWERED, response=dict(completion.response), ledger=measured)
 
 
 def outcome_of(error: ShiftworkerError, job_id: str, ledger: Ledger) -> Outcome:

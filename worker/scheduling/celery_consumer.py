@@ -26,16 +26,22 @@ class CeleryConsumer:
 
     def __init__(self) -> None:
         self._wanted: frozenset[str] = frozenset()
+        self._at_once: int | None = None
+        self._allowed = 0  # messages in hand, as the consumer knows it
         self._consumer: Any = None
         self._lock = threading.Lock()
 
-    def serve(self, queues: Iterable[str]) -> None:
-        """Take messages from exactly these queues, as soon as the consumer's thread gets to it."""
+    def serve(self, queues: Iterable[str], *, at_once: int | None = None) -> None:
+        """
+        Take messages from exactly these queues, as soon as the consumer's thread gets to it.
+
+        *at_once* is how many may be in hand together; None = as many as there are threads.
+        """
         wanted = frozenset(queues)
         with self._lock:
-            if wanted == self._wanted:
+            if (wanted, at_once) == (self._wanted, self._at_once):
                 return
-            self._wanted = wanted
+            self._wanted, self._at_once = wanted, at_once
             consumer = self._consumer
         if consumer is not None:
             consumer.call_soon(self._reconcile, consumer)
@@ -43,6 +49,7 @@ class CeleryConsumer:
     def _reconcile(self, consumer: Any) -> None:
         if consumer.task_consumer is None:  # the connection is gone; `start` reconciles when it is back
             return
+        self._allow(consumer, self._at_once or consumer.initial_prefetch_count)
         now = {name for name in _queue_names(consumer) if consumer.task_consumer.consuming_from(name)}
         for queue in sorted(now - self._wanted):
             consumer.cancel_task_queue(queue)
@@ -50,6 +57,14 @@ class CeleryConsumer:
             consumer.add_task_queue(queue)
         if now != self._wanted:
             logger.info("scheduling.serving", queues=sorted(self._wanted))
+
+    def _allow(self, consumer: Any, count: int) -> None:
+        """Let *count* messages be in hand; those that wait for their time (ETA) count beside them, as ever."""
+        more, self._allowed = count - self._allowed, count
+        if more > 0:
+            consumer.qos.increment_eventually(more)
+        elif more < 0:
+            consumer.qos.decrement_eventually(-more)
 
     def step(self) -> type[bootsteps.StartStopStep]:
         """The bootstep that ties this object to Celery's consumer, over every reconnect."""
@@ -61,6 +76,7 @@ class CeleryConsumer:
             def start(self, parent: Any) -> None:
                 with outer._lock:
                     outer._consumer = parent
+                    outer._allowed = parent.initial_prefetch_count
                 outer._reconcile(parent)
 
             def stop(self, _parent: Any) -> None:
