@@ -91,7 +91,8 @@ class World:
     on_look: Callable[[], object] = lambda: None  # at the machine
     tell: Callable[[SwitchRecord], object] = lambda _record: None
     keep: Callable[[Measured], object] = lambda _measured: None
-    capacity: int = 24 * GIB  # of the one card, and of the host
+    capacity: int = 24 * GIB  # of the one card
+    host: int = 24 * GIB
     max_residents: int = 1
     epoch: int = 0
     load_s: float = 0.0
@@ -102,7 +103,7 @@ class World:
     waits: Callable[[str], bool] = lambda _model_id: False  # do jobs wait for it that another model may answer?
 
     def __post_init__(self) -> None:
-        self.board = ResidencyBoard(capacity=self.capacity, cards={0: self.capacity}, max_residents=self.max_residents)
+        self.board = ResidencyBoard(capacity=self.host, cards={0: self.capacity}, max_residents=self.max_residents)
         self.engine = TellingEngine(self.deeds, load_s=self.load_s, wake_s=self.wake_s)
         self.switcher = Switcher(
             board=self.board,

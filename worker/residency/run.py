@@ -63,7 +63,7 @@ class SwitchRun:
         try:
             self._unloader.end_the_dead()
             self._parts.count_standby()
-            plan = plan_switch(self._board.read(), model_id, needs_of(self.placement), self._sleeping())
+            plan = plan_switch(self._board.read(), model_id, self._needs(), self._sleeping())
             logger.info("residency.planned", model_id=model_id, stop=plan.stop, sleep=plan.sleep, reason=plan.reason)
             if self._board.read().ready(model_id):
                 return self.finished("ready", plan.reason)
@@ -91,6 +91,12 @@ class SwitchRun:
         return self._progress.finished(
             outcome, detail, placement=loader.placement, attempts=loader.attempts, level=loader.level
         )
+
+    def _needs(self) -> Mapping[int, int]:
+        """What the model will take; of the host at least what it has there asleep, for it keeps that awake."""
+        needs, found = needs_of(self.placement), self._board.read().resident(self.placement.model_id)
+        asleep = found.host_bytes if found is not None and found.level.asleep else 0
+        return {**needs, HOST: max(needs[HOST], asleep)}
 
     def _sleeping(self) -> Sleeping:
         """Gather what decides how models sleep here."""

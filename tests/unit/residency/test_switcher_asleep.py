@@ -39,10 +39,11 @@ class Box(World):
     """A card and a host whose memory goes and comes as models load, sleep, wake and end."""
 
     stuck: int = 0  # bytes that no sleep gives back
+    others: int = 0  # bytes of the card that other programs hold
     ram: int = 64 * GIB
 
     def read(self) -> object:
-        used = ram = 0
+        used, ram = self.others, 0
         for name in self.placements:
             state = self.engine.state(name)
             level = self.engine._models[name].level if state is not EngineState.STOPPED else None
@@ -58,7 +59,9 @@ class Box(World):
 
 
 def box(names: str = "ab", *, asleep: int = 2, ram_gib: float = 64, **options: object) -> Box:
-    made = Box(placements=placements(names), wake_s=BOTH, limits=replace(LIMITS, asleep=asleep), **options)  # type: ignore[arg-type]
+    made = Box(
+        placements=placements(names), wake_s=BOTH, limits=replace(LIMITS, asleep=asleep), host=64 * GIB, **options
+    )  # type: ignore[arg-type]
     made.ram = int(ram_gib * GIB)
     return made
 
@@ -112,6 +115,42 @@ def test_what_was_measured_of_a_sleep_is_what_the_next_one_is_planned_with() -> 
 
     world.switch("b")
     assert world.levels == {"a": ONE, "b": Level.READY}
+
+
+@pytest.mark.parametrize(("ram_gib", "level"), [(45, ONE), (30, TWO)])
+def test_pinned_memory_that_a_woken_model_keeps_is_not_given_to_another(ram_gib: float, level: Level) -> None:
+    """10 GiB are kept awake (PyTorch holds on to them), 6.4 are the reserve, b may need 20: 45 will do, 30 not."""
+    world = box(ram_gib=ram_gib).with_a_ready()
+    world.switch("b")
+    world.switch("a")
+
+    found = world.residency.resident("a")
+    assert found is not None
+    assert found.host_bytes == WEIGHTS
+    assert world.levels == {"a": Level.READY, "b": level}
+
+
+def test_what_a_sleeper_keeps_of_its_card_counts_as_free_for_its_own_wake() -> None:
+    """It needs 15 GiB, 14 are free, and it has one of them already."""
+    world = box().with_a_ready()
+    world.switch("b")
+    world.others = 8 * GIB
+    record = world.switch("a")
+
+    assert (record.outcome, record.level, record.attempts) == ("ready", ONE, 1)
+
+
+def test_a_sleeper_for_which_the_card_has_too_little_is_ended_before_it_is_given_up() -> None:
+    """Only a smaller plan could fit now, and that is no wake; the model that was there wakes in its place."""
+    world = box().with_a_ready()
+    world.switch("b")
+    world.others = 9 * GIB
+    record = world.switch("a")
+
+    assert (record.outcome, record.attempts) == ("failed", 6)
+    assert world.engine.state("a") is EngineState.STOPPED
+    assert world.levels == {"b": Level.READY}
+    assert world.residency.banned == {}
 
 
 @pytest.mark.parametrize(("asleep", "wake_s"), [(0, BOTH), (2, None)])
