@@ -102,13 +102,14 @@ def lower_bound_s(world: World) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_makespan_is_near_the_lower_bound(kind: str) -> None:
     """
-    At most a tenth above what no schedule can beat, for traces long enough that their end does not decide.
+    At most a tenth above what no schedule can beat, for up to four jobs at once and traces that are not short.
 
-    The end of a trace is what a schedule that knows the future does better: it waits where we switch.
+    At the end of a trace, a schedule that knows the future waits where we switch. With many jobs at once, each turn
+    ends with places that fall empty one by one, which the lower bound does not count.
     """
     for seed in SEEDS:
         world = make_world(seed, kind, count=2000)
-        if all(cost.max_num_seqs == 1 for cost in world.costs.values()):
+        if all(cost.max_num_seqs <= 4 for cost in world.costs.values()):
             assert world.report().makespan_s <= 1.10 * lower_bound_s(world), seed
 
 
