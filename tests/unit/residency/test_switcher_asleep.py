@@ -58,9 +58,13 @@ class Box(World):
         return super().read()
 
 
-def box(names: str = "ab", *, asleep: int = 2, ram_gib: float = 64, **options: object) -> Box:
+def box(names: str = "ab", *, asleep: int = 2, ram_gib: float = 64, attempt_s: float = 5, **options: object) -> Box:
     made = Box(
-        placements=placements(names), wake_s=BOTH, limits=replace(LIMITS, asleep=asleep), host=64 * GIB, **options
+        placements=placements(names),
+        wake_s=BOTH,
+        limits=replace(LIMITS, asleep=asleep, attempt_s=attempt_s),
+        host=64 * GIB,
+        **options,
     )  # type: ignore[arg-type]
     made.ram = int(ram_gib * GIB)
     return made
@@ -302,8 +306,8 @@ def test_the_level_a_model_is_at_is_known() -> None:
 
 def test_a_worker_that_leaves_does_not_wait_for_a_model_that_falls_asleep() -> None:
     """Copying its weights may take a minute; it is ended, and nothing is held against its sleep."""
-    world = box().with_a_ready()
-    world.engine._sleep_s = 60
+    world = box(attempt_s=60).with_a_ready()
+    world.engine._sleep_s = 30
     unloading = threading.Event()
 
     def listen(stage: SwitchStage, _detail: str) -> None:
