@@ -126,9 +126,10 @@ def pick_turn(
 def _next_turn(absent: Sequence[Load], now: float, max_wait_s: float) -> Turn:
     """Choose where no model that is ready has jobs."""
     # (4) The bound and the deadlines.
-    due, go, stay = _foresee_both((), absent, now, 0.0)
-    if due is not absent[0] and is_better(go, stay):
-        return _due_turn(due, go, now, max_wait_s)
+    if len(absent) > 1:
+        due, go, stay = _foresee_both((), absent, now, 0.0)
+        if due is not absent[0] and is_better(go, stay):
+            return _due_turn(due, go, now, max_wait_s)
 
     # (7) The class, then the wait.
     return _turn(absent[0], f"{absent[0].count} of its jobs wait, none for what is ready")

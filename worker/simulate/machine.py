@@ -4,6 +4,7 @@ The physics of a simulated worker: one model ready at a time, its places, its sw
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Queue:
         self._order: list[tuple[int, float, int]] = []
         self._lanes: dict[tuple[int, str], _Sum] = {}
         self._reading: Waiting | None = _EMPTY
+        self._reading_until = math.inf
 
     def __len__(self) -> int:
         return len(self._order)
@@ -84,10 +86,12 @@ class Queue:
         return number
 
     def read(self, now: float) -> Waiting:
-        """Read the sums; at most once between two changes, but for deadlines that pass."""
-        if self._reading is None:
+        """Read the sums; once between two changes, unless a deadline passes."""
+        if self._reading is None or now >= self._reading_until:
             lanes = tuple(self._read(lane, now) for lane in self._lanes.values() if lane.count)
             oldest = min((lane.oldest_at for lane in lanes if lane.oldest_at is not None), default=None)
+            deadlines = (lane.deadline_at for lane in lanes if lane.deadline_at is not None)
+            self._reading_until = min(deadlines, default=math.inf)
             self._reading = Waiting(count=len(self._order), oldest_at=oldest, lanes=lanes)
         return self._reading
 
@@ -124,7 +128,7 @@ class Machine:
     def __init__(self, name: str, costs: Mapping[str, ModelCosts]) -> None:
         self.name = name
         self._costs = costs
-        self._started: set[str] = set()
+        self.switch_s = {model: cost.load_s for model, cost in costs.items()}  # what the next switch to each takes
         self.ready: str | None = None
         self.since = 0.0
         self.target: str | None = None  # of the switch that is asked for or under way
@@ -134,13 +138,8 @@ class Machine:
 
     def begin_with(self, started: Collection[str], ready: str | None, since: float, *, running: int) -> None:
         """Begin in the middle: some models have been loaded, one may be ready and have jobs in flight."""
-        self._started.update(started)
+        self.switch_s |= {model: self._costs[model].wake_s for model in started}
         self.ready, self.since, self.running = ready, since, running
-
-    def switch_s(self, model: str) -> float:
-        """Seconds that the next switch to *model* takes here."""
-        costs = self._costs[model]
-        return costs.wake_s if model in self._started else costs.load_s
 
     def has_room(self) -> bool:
         """Is a place free?"""
@@ -150,8 +149,8 @@ class Machine:
         """Begin the switch that was asked for; returns when it ends."""
         assert self.target is not None  # noqa: S101
         self.loading = True
-        ends = now + self.switch_s(self.target)
-        self._started.add(self.target)
+        ends = now + self.switch_s[self.target]
+        self.switch_s[self.target] = self._costs[self.target].wake_s
         self.ready = None
         return ends
 

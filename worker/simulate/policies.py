@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -55,27 +56,27 @@ def make_policy(name: PolicyName, costs: Mapping[str, ModelCosts], *, max_wait_s
 def shiftworker(costs: Mapping[str, ModelCosts], *, max_wait_s: float, min_turn_s: float) -> Policy:
     """Build the worker's own decision: `pick_turn`, given what a worker sees."""
     models = sorted(costs)
-    paces = {model: pace_of(cost) for model, cost in costs.items()}
+    alone = Knowledge(paces={model: pace_of(cost) for model, cost in costs.items()})
 
     def decide(sight: Sight) -> Turn:
         machine = sight.machine
         resident = machine.ready and Resident(
             model_id=machine.ready, level=Level.READY, bytes=0, since=machine.since, in_flight=machine.running
         )
-        served = (other.target or other.ready for other in sight.others)
+        served = Counter(model for other in sight.others if (model := other.target or other.ready))
         return pick_turn(
             Backlog(by_model={model: queue.read(sight.now) for model, queue in sight.queues.items() if queue}),
             Residency(
                 capacity=0,
                 max_residents=1,
                 residents=(resident,) if resident else (),
-                switch_s={model: machine.switch_s(model) for model in models},
+                switch_s=machine.switch_s,
             ),
             models,
             now=sight.now,
             max_wait_s=max_wait_s,
             min_turn_s=min_turn_s,
-            known=Knowledge(paces=paces, elsewhere=Counter(model for model in served if model)),
+            known=replace(alone, elsewhere=served) if served else alone,
         )
 
     return decide
