@@ -1,0 +1,86 @@
+"""
+Many jobs that wait for several models: each runs on its own model, none is lost, and Celery's canvas works over them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import chain, chord, group
+from celery.canvas import Signature
+
+from common import keys
+from common.backlog import RedisBacklog
+from common.redis_client import connect
+from common.schemas import JobState
+from tests.e2e.conftest import Box
+from tests.waiting import eventually
+from worker.demo.tiny_models import make_tiny_gguf
+
+MODELS = ("red", "green", "blue")
+
+
+@pytest.fixture
+def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Three models on the stand-in engine, one ready at a time, with turns so short that there are many."""
+    entry = """
+[[models]]
+id = "{id}"
+engine = "llamacpp"
+tier = 1
+complexity_up_to = 1.0
+max_model_len = 4096
+path = "tiny.gguf"
+"""
+    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
+    (tmp_path / "models.toml").write_text("replace = true\n" + "".join(entry.format(id=model) for model in MODELS))
+    return {
+        **node_env,
+        "MODELS_FILE": str(tmp_path / "models.toml"),
+        "WORKER_STUB_ENGINE": "true",
+        "WORKER_STUB_LOAD_S": "0.1",
+        "WORKER_STUB_RUN_S": "0.01",
+        "SWITCH_MIN_TURN_S": "0.5",
+        "SWITCH_MAX_WAIT_S": "2",
+    }
+
+
+def job(box: Box, model: str, text: str = "Hello") -> Signature:
+    """A job as a part of a canvas, made by an app that knows nothing of ours."""
+    body = {"messages": [{"role": "user", "content": text}], "model": model}
+    return box.setup.app.signature(keys.SUBMIT_TASK, args=[body], queue=keys.SUBMIT_QUEUE, immutable=True)
+
+
+def test_a_thousand_mixed_jobs_run_on_their_own_models_and_none_is_lost(box: Box) -> None:
+    """Over many switches, of which each finds messages in hand that must go back; each job ends once."""
+    wanted = [MODELS[n % 3] for n in range(1000)]
+    sent = [box.send(f"Job {n}", model=model, tenant=f"tenant {n % 7}") for n, model in enumerate(wanted)]
+    results = [sent_job.get(timeout=240) for sent_job in sent]
+
+    assert [(result["model"], result["ledger"]["model"]) for result in results] == [(m, m) for m in wanted]
+    outcomes = [box.client.result(sent_job.id) for sent_job in sent]
+    assert Counter(outcome.state for outcome in outcomes if outcome) == {JobState.ANSWERED: 1000}
+    assert len(box.events("residency.switched")) > 3
+    redis = connect(box.url)
+    eventually(lambda: not redis.exists(keys.UNACKED), within_s=20, what="nothing is in hand")
+    assert [RedisBacklog(redis).count(keys.model_queue(model)) for model in MODELS] == [0, 0, 0]
+    assert not list(redis.scan_iter(f"{keys.backlog('*')}*", count=1000))
+
+
+def test_a_chain_goes_from_model_to_model(box: Box) -> None:
+    """Each step is sent when the one before it has its outcome; the last one's result is the chain's."""
+    sent = chain(job(box, "red"), job(box, "green"), job(box, "blue")).apply_async()
+    assert sent.get(timeout=60)["ledger"]["model"] == "blue"
+    assert sent.parent.get(timeout=1)["ledger"]["model"] == "green"
+    assert sent.parent.parent.get(timeout=1)["ledger"]["model"] == "red"
+
+
+def test_a_chord_over_models_ends_with_its_last_part(box: Box) -> None:
+    """Drafts on two models, and the one job that comes after them all on a third."""
+    drafts = group(job(box, model, f"draft {n}") for n in range(4) for model in ("red", "green"))
+    sent: Any = chord(drafts)(job(box, "blue", "judge"))
+    assert sent.get(timeout=60)["ledger"]["model"] == "blue"
+    assert [result["ledger"]["model"] for result in sent.parent.get(timeout=1)] == ["red", "green"] * 4
