@@ -27,9 +27,9 @@ _EVENTS_EVERY_S = 0.1  # what Flower sees is at most so old
 _LOOK_EVERY_S = 0.05  # for the end of the last running job, while the process leaves
 
 
-def read_json(body: str | bytes) -> Any:
+def read_json(data: str | bytes) -> Any:
     """Read a message's body as kombu does; where it names no type to bring back, without a call for each object."""
-    text = body if isinstance(body, str) else body.decode()
+    text = data if isinstance(data, str) else data.decode()
     return kombu_json.loads(text) if "__type__" in text else json.loads(text)
 
 
