@@ -20,12 +20,13 @@ _count_lists = RedisBase.queues
 
 async def _count(broker: Any, names: Iterable[str]) -> list[dict[str, Any]]:
     """Count what waits in lists, as Flower does, and what waits in backlogs, of which it knows nothing."""
-    found: list[dict[str, Any]] = await _count_lists(broker, names)
+    queues = list(names)
     async with broker.redis.pipeline(transaction=False) as pipe:
-        for queue in found:
-            pipe.zcard(keys.backlog_order(queue["name"]))
-        waiting = await pipe.execute()
-    return [{**queue, "messages": queue["messages"] + more} for queue, more in zip(found, waiting, strict=True)]
+        for queue in queues:
+            pipe.zcard(keys.backlog_order(queue))
+        waiting = dict(zip(queues, await pipe.execute(), strict=True))
+    found: list[dict[str, Any]] = await _count_lists(broker, queues)  # closes the broker's connections
+    return [{**queue, "messages": queue["messages"] + waiting[queue["name"]]} for queue in found]
 
 
 RedisBase.queues = _count
