@@ -47,6 +47,16 @@ def test_a_job_sent_by_name_is_answered_under_its_own_id(box: Box) -> None:
     assert outcome.result() == result
 
 
+def test_a_worker_holds_what_its_engine_works_on_and_a_few_more(box: Box) -> None:
+    """Four places in the engine and one job behind them, whatever the number of threads (eight)."""
+
+    def held() -> int:
+        stats = box.setup.app.control.inspect(destination=["worker@box"]).stats() or {}
+        return int(stats["worker@box"]["prefetch_count"]) if stats else 0
+
+    eventually(lambda: held() == 5, within_s=20, what="the worker's prefetch count follows its engine")
+
+
 def test_mixed_jobs_are_collated_by_model(box: Box) -> None:
     """Jobs of two models, interleaved: each runs on its own, and the model changes once, not for every job."""
     sent = [
