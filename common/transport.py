@@ -31,9 +31,9 @@ from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 
+from common import delivery_scripts as scripts
 from common import keys
 from common.backlog import RedisBacklog, job_id_of, place_json
-from common.backlog_scripts import LIBRARY
 from common.logs import get_logger
 
 logger = get_logger(__name__)
@@ -42,101 +42,6 @@ WAIT_S = 0.25  # seconds an idle consumer waits before it looks again: the delay
 
 _WAKE_LENGTH = 8  # entries kept; only the newest id matters
 _POP_MOST = 64  # messages in one round trip
-
-# KEYS: the lists in the order to look, the backlogs, then unacked, unacked_index, unacked_owner, wake, malformed.
-# ARGV: owner, how many messages at most, how many of KEYS are lists, then per list and backlog "1" if its consumer
-# acknowledges and "0" if not.
-# Returns {key, message, ...} of the first list that has any, else of the backlog whose first job is the most urgent,
-# or {false, newest id of the wake stream}.
-# The time is Redis's own. cjson only reads here: the message is stored as it came, since cjson would turn [] into {}.
-_POP = f"""{LIBRARY}
-local lists, n = tonumber(ARGV[3]), #KEYS - 5
-local unacked, index, owners, wake, malformed = KEYS[n+1], KEYS[n+2], KEYS[n+3], KEYS[n+4], KEYS[n+5]
-local most, now = tonumber(ARGV[2]), redis.call('TIME')[1]
-
-local function hold(i, raw, tag, exchange, routing_key)
-  if ARGV[3+i] ~= '1' then return end
-  redis.call('HSET', unacked, tag, '[' .. raw .. ',' .. cjson.encode(exchange)
-                                       .. ',' .. cjson.encode(routing_key) .. ']')
-  redis.call('ZADD', index, now, tag)
-  redis.call('HSET', owners, tag, ARGV[1])
-end
-
-for i = 1, lists do
-  local taken = {{KEYS[i]}}
-  while #taken <= most do
-    local raw = redis.call('LINDEX', KEYS[i], -1)
-    if not raw then break end
-    local ok, message = pcall(cjson.decode, raw)
-    local properties = ok and type(message) == 'table' and message['properties']
-    local delivery = type(properties) == 'table' and properties['delivery_info']
-    local tag = type(delivery) == 'table' and properties['delivery_tag']
-    if type(tag) == 'string' and type(delivery['exchange']) == 'string'
-       and type(delivery['routing_key']) == 'string' then
-      hold(i, raw, tag, delivery['exchange'], delivery['routing_key'])
-      redis.call('RPOP', KEYS[i])
-      taken[#taken + 1] = raw
-    else
-      redis.call('RPOPLPUSH', KEYS[i], malformed)
-      redis.call('LTRIM', malformed, 0, 999)
-    end
-  end
-  if #taken > 1 then return taken end
-end
-
-local first, best
-for i = lists + 1, n do
-  local found = urgency(KEYS[i], now)
-  if found and not (best and best <= found) then first, best = i, found end
-end
-if first then
-  local reply = {{KEYS[first]}}
-  for _, job in ipairs(take(KEYS[first], most, now)) do
-    hold(first, job[2], job[1].delivery_tag, job[1].exchange, job[1].routing_key)
-    reply[#reply + 1] = job[2]
-  end
-  return reply
-end
-local newest = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', 1)
-return {{false, newest[1] and newest[1][1] or '0'}}
-"""
-
-# KEYS: unacked, unacked_index, unacked_owner. ARGV: tag, owner. Returns 1 if the delivery was the owner's.
-_ACK = """
-local owner = redis.call('HGET', KEYS[3], ARGV[1])
-if owner and owner ~= ARGV[2] then return 0 end
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
-return redis.call('HDEL', KEYS[1], ARGV[1])
-"""
-
-# KEYS: unacked, unacked_index, unacked_owner, wake, the list or backlog to put it into.
-# ARGV: tag, the owner it must still have ("" = none), the entry it must still be, the message to put, then for a list
-# the side, for a backlog the job's id and its place.
-# Compare and move: nothing happens if somebody else moved it in between. Returns 1 if it was moved.
-_GIVE_BACK = f"""{LIBRARY}
-if (redis.call('HGET', KEYS[3], ARGV[1]) or '') ~= ARGV[2] then return 0 end
-if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[3] then return 0 end
-redis.call('HDEL', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
-if ARGV[6] then
-  give_back(KEYS[5], ARGV[5], cjson.decode(ARGV[6]), ARGV[4])
-else
-  redis.call(ARGV[5] == 'back' and 'LPUSH' or 'RPUSH', KEYS[5], ARGV[4])
-end
-redis.call('XADD', KEYS[4], 'MAXLEN', '8', '*', 'q', '')
-return 1
-"""
-
-# KEYS: unacked, unacked_index, unacked_owner, malformed. ARGV: tag, the entry as it was popped.
-_SET_ASIDE = """
-redis.call('HDEL', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
-redis.call('LPUSH', KEYS[4], ARGV[2])
-redis.call('LTRIM', KEYS[4], 0, 999)
-"""
 
 _DELIVERIES = (keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER)
 
@@ -189,7 +94,7 @@ class QoS(stock.QoS):
             _acknowledged.discard(tag)
             return
         with self.channel.conn_or_acquire() as client:
-            client.eval(_ACK, 3, *_DELIVERIES, tag, self.channel.owner)
+            client.eval(scripts.ACK, 3, *_DELIVERIES, tag, self.channel.owner)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
         """Put our delivery *tag* back on its queue: at the head, or at the back with *leftmost*."""
@@ -225,7 +130,7 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
         else:
             target, how = channel._q_for_pri(queue, priority), [side]
         moved = redis.eval(
-            _GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, target, tag, owner, entry, dumps(message), *how
+            scripts.GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, target, tag, owner, entry, dumps(message), *how
         )  # fmt: skip
         return bool(moved)
 
@@ -272,7 +177,7 @@ class Channel(stock.Channel):
         names = [name for name, _ in (*lists, *backlogs)]
         acknowledged = ["0" if queue in no_ack else "1" for _, queue in (*lists, *backlogs)]
         return [
-            _POP, len(names) + 5, *names, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
+            scripts.POP, len(names) + 5, *names, *_DELIVERIES, keys.WAKE, keys.MALFORMED,
             self.owner, most, len(lists), *acknowledged,
         ]  # fmt: skip
 
@@ -337,7 +242,7 @@ class Channel(stock.Channel):
             logger.warning("delivery.malformed", error=f"{type(error).__name__}: {error}")
             tag = json.loads(raw)["properties"]["delivery_tag"]  # the pop has seen it
             with self.conn_or_acquire() as client:
-                client.eval(_SET_ASIDE, 4, *_DELIVERIES, keys.MALFORMED, tag, raw)
+                client.eval(scripts.SET_ASIDE, 4, *_DELIVERIES, keys.MALFORMED, tag, raw)
             return None
         return message
 
