@@ -95,7 +95,7 @@ class WorkerSettings(_Group):
     model_config = SettingsConfigDict(env_prefix="WORKER_")
 
     name: str = Field("", max_length=60, pattern=r"^[A-Za-z0-9_.-]*$", description="unset = the host's name")
-    concurrency: int = Field(32, ge=1, le=1024, description="jobs that are sent to the engine at once")
+    concurrency: int = Field(32, ge=1, le=1024, description="threads: jobs at once where the engine needs one for each")
     hardware: Literal["auto", "cpu", "stub"] = Field("auto", description="auto = NVML, then nvidia-smi, then none")
     stub_gpus: str = Field("", description="for WORKER_HARDWARE=stub: cards in GiB, e.g. 24,24")
     stub_engine: bool = Field(False, description="answer every job with a stand-in, for trying things out")

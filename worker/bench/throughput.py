@@ -160,7 +160,6 @@ def _environment(model: Path, load: Load) -> Mapping[str, str]:
         "VLLM_MODEL": str(model),
         "VLLM_MAX_MODEL_LEN": str(_LENGTH),
         "VLLM_MAX_NUM_SEQS": str(load.max_num_seqs),
-        "WORKER_CONCURRENCY": str(load.max_num_seqs),
         "LOG_LEVEL": "WARNING",
     }
 

@@ -37,7 +37,11 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         ("VLLM_FORCE", "perhaps", "valid boolean"),
         ("LLAMACPP_N_GPU_LAYERS", "-2", "greater than or equal to -1"),
         ("WORKER_NAME", "my worker", "match pattern"),
-        ("WORKER_CONCURRENCY", "0", "greater than or equal to 1 (jobs that are sent to the engine at once)"),
+        (
+            "WORKER_CONCURRENCY",
+            "0",
+            "greater than or equal to 1 (threads: jobs at once where the engine needs one for each)",
+        ),
         ("WORKER_HARDWARE", "tpu", "'auto', 'cpu' or 'stub'"),
         ("SWITCH_TIMEOUT_S", "-1", "greater than 0 (for one attempt to load and verify)"),
         ("SWITCH_ATTEMPTS", "11", "less than or equal to 10"),
