@@ -1,6 +1,8 @@
 # make demo    see it work: real jobs, two small models, no Docker, no GPU, no account
 # make test    the whole suite: real Redis, Celery workers, llama.cpp and vLLM (CPU build) on tiny models
 # make check   lint, types, import flow, unit tests: under a minute
+# make chaos   hundreds of jobs while everything is killed, paused and cut off, seed after seed: ten minutes
+# make soak    20,000 jobs: does anything grow? ten minutes
 # make setup   the development environment alone
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ UV := $(VENV)/bin/uv
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH_CPU := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 
-.PHONY: demo test check setup unit gpu-test clean
+.PHONY: demo test check setup unit gpu-test chaos soak clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/shiftworker demo $(ARGS)
@@ -32,6 +34,12 @@ unit: $(VENV)/.dev
 
 gpu-test: setup
 	$(VENV)/bin/pytest -m gpu $(ARGS)
+
+chaos: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.chaos $(ARGS)
+
+soak: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.chaos.soak $(ARGS)
 
 setup: $(VENV)/.dev $(VLLM_VENV)/.installed
 

@@ -1,0 +1,252 @@
+"""
+Runs the storm: jobs are sent while faults come and go, then everything is waited for, stopped and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import json
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import redis
+from kombu.exceptions import OperationalError
+
+from common import keys
+from common.client import JobClient
+from common.errors import Unavailable
+from common.redis_client import RedisClient, connect
+from common.schemas import JobState
+from tests.chaos.faults import Fault
+from tests.chaos.report import (
+    Kept,
+    Report,
+    count_outcomes,
+    is_unlike,
+    is_untold,
+    is_wrong,
+    slowest_recovery,
+)
+from tests.chaos.world import LEASE_S, MODELS, World, texts
+from tests.waiting import eventually
+
+QUIET_S = 60.0  # after the last fault, every job must have ended within this
+STRIKE_S = 30.0  # something to hit must be there again within this
+SETTLE_S = 4 * LEASE_S  # for what is taken back, acknowledged and copied after the last outcome
+RESEND_S = 0.2
+
+
+def make_jobs(count: int) -> list[dict[str, object]]:
+    """*count* bodies, no two alike: by turns for each model, one in four streams, some more urgent than others."""
+    return [
+        {
+            "model": MODELS[number % len(MODELS)],
+            "messages": [{"role": "user", "content": f"Job {number}"}],
+            "priority": (0, 3, 6, 9)[number // 7 % 4],
+            "stream": number % 4 == 0,
+        }
+        for number in range(count)
+    ]
+
+
+def run_storm(
+    jobs: Sequence[Mapping[str, object]],
+    faults: Sequence[Fault],
+    *,
+    expected: Sequence[str | None] | None = None,
+    seed: int = 0,
+    keep: Path | None = None,
+) -> tuple[Report, list[str | None]]:
+    """
+    Send *jobs* while *faults* happen; gives what came of it, and the text of each answer.
+
+    Parameters
+    ----------
+    expected
+        The answers of a quiet run; None = this is one.
+    seed
+        Of the choice among several engines; shown in the report.
+    keep
+        Where to move the logs and Redis's files if a promise was broken.
+    """
+    # A short path: sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        world = World(folder, seed=seed)
+        try:
+            world.start()
+            report, answers = _storm(world, jobs, faults, expected, seed)
+        except BaseException:
+            _keep(folder, keep)
+            raise
+        finally:
+            world.close()
+        if not report.whole:
+            _keep(folder, keep)
+        return report, answers
+
+
+def _keep(folder: Path, keep: Path | None) -> None:
+    if keep is not None:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(keep)
+
+
+def _storm(
+    world: World,
+    jobs: Sequence[Mapping[str, object]],
+    faults: Sequence[Fault],
+    expected: Sequence[str | None] | None,
+    seed: int,
+) -> tuple[Report, list[str | None]]:
+    ids = [str(uuid.uuid4()) for _ in jobs]
+    began = time.time()
+    feeder = _Feeder(world.redis.url, dict(zip(ids, jobs, strict=True)), over_s=sum(f.after_s for f in faults))
+    feeder.start()
+    mended = _let_happen(world, faults)
+    feeder.join(QUIET_S)
+
+    client = connect(world.redis.url)
+    outcomes = [keys.outcome(job_id) for job_id in ids]
+    with contextlib.suppress(AssertionError):  # what did not end is counted as lost
+        eventually(lambda: client.exists(*outcomes) == len(ids), within_s=QUIET_S)
+        eventually(lambda: not _unsettled(client), within_s=SETTLE_S)
+    fallen = [f"{name} has ended" for name in world.fallen()]
+    unsettled = _unsettled(client)
+    world.stop()
+    kept = [_read(world.redis.url, job_id) for job_id in ids]
+    wanted = expected or [None] * len(ids)
+    written = count_outcomes(world.folder / "redis")
+    ended = [job.ended_at for job in kept if job.ended_at is not None]
+    report = Report(
+        seed=seed,
+        jobs=len(ids),
+        faults=Counter(str(fault) for fault in faults),
+        took_s=max(ended, default=began) - began,
+        lost=[i for i, job in zip(ids, kept, strict=True) if job.outcome is None],
+        unanswered={
+            job.outcome.job_id: str(job.outcome.error)
+            for job in kept
+            if job.outcome is not None and job.outcome.state is not JobState.ANSWERED
+        },
+        duplicates=[i for i in ids if written[i] > 1],
+        wrong=[
+            i for i, job, text in zip(ids, kept, wanted, strict=True) if expected is not None and is_wrong(job, text)
+        ],
+        unlike=[i for i, job in zip(ids, kept, strict=True) if is_unlike(job)],
+        untold=[i for i, job in zip(ids, kept, strict=True) if is_untold(job)],
+        left=[*fallen, *unsettled, *world.left()],
+        runs=sum(job.attempts for job in kept),
+        taken_back=_taken_back(world.folder),
+        slowest_recovery=slowest_recovery(mended, ended),
+        slowest_job_s=max(
+            (job.ended_at - feeder.sent_at[i] for i, job in zip(ids, kept, strict=True) if job.ended_at), default=0.0
+        ),
+    )
+    client.close()
+    return report, [None if job.outcome is None else job.outcome.answer for job in kept]
+
+
+def _let_happen(world: World, faults: Sequence[Fault]) -> list[tuple[float, str]]:
+    """Strike with each fault in turn and mend what is over; gives when each was."""
+    over: list[tuple[float, int, Fault]] = []  # by when they end
+    mended: list[tuple[float, str]] = []
+
+    def mend_until(moment: float) -> None:
+        while over and over[0][0] <= moment:
+            at, _, fault = heapq.heappop(over)
+            time.sleep(max(0.0, at - time.time()))
+            world.mend(fault)
+            mended.append((time.time(), str(fault)))
+
+    for number, fault in enumerate(faults):
+        strikes_at = time.time() + fault.after_s
+        mend_until(strikes_at)
+        time.sleep(max(0.0, strikes_at - time.time()))
+        while any(before.target is fault.target for _, _, before in over):
+            mend_until(over[0][0])
+        give_up_at = time.time() + STRIKE_S
+        while not world.strike(fault):
+            assert time.time() < give_up_at, f"no {fault.target} for {STRIKE_S:g} s"
+            mend_until(time.time())
+            time.sleep(0.05)
+        heapq.heappush(over, (time.time() + fault.lasts_s, number, fault))
+    mend_until(float("inf"))
+    return mended
+
+
+class _Feeder(threading.Thread):
+    """The producer: sends each job until it is accepted, spread over the storm."""
+
+    def __init__(self, url: str, jobs: Mapping[str, Mapping[str, object]], *, over_s: float) -> None:
+        super().__init__(name="feeder", daemon=True)
+        self._url = url
+        self._jobs = jobs
+        self._gap_s = over_s / len(jobs)
+        self.sent_at: dict[str, float] = {}
+
+    def run(self) -> None:
+        client = JobClient(self._url)
+        began = time.time()
+        for number, (job_id, body) in enumerate(self._jobs.items()):
+            time.sleep(max(0.0, began + number * self._gap_s - time.time()))
+            self.sent_at[job_id] = time.time()
+            while not _accepted(client, job_id, body):
+                time.sleep(RESEND_S)
+        client.close()
+
+
+def _accepted(client: JobClient, job_id: str, body: Mapping[str, object]) -> bool:
+    try:
+        client.submit(body, job_id=job_id)
+    except (Unavailable, redis.RedisError, OperationalError, OSError):
+        return False
+    return True
+
+
+def _unsettled(client: RedisClient) -> list[str]:
+    """What is still in flight, waits, or is held by a job that has ended."""
+    lists = [*keys.lists_of(keys.SUBMIT_QUEUE), *(n for m in MODELS for n in keys.lists_of(keys.model_queue(m)))]
+    found = {
+        "deliveries in flight": client.hlen(keys.UNACKED),
+        "messages in queues": sum(client.llen(name) for name in lists),
+        "messages in backlogs": sum(client.hlen(keys.backlog_messages(keys.model_queue(m))) for m in MODELS),
+        "shares of tenants": client.hlen(keys.HELD),
+        "malformed messages": client.llen(keys.MALFORMED),
+    }
+    return [f"{count} {what}" for what, count in found.items() if count]
+
+
+def _read(url: str, job_id: str) -> Kept:
+    client = JobClient(url)
+    server = connect(url)
+    view, outcome = client.status(job_id), client.result(job_id)
+    copy = server.get(f"{keys.CELERY_RESULT_PREFIX}{job_id}")
+    stream = [fields for _, fields in server.xrange(keys.stream(job_id))] or None
+    told = ""
+    if stream and outcome is not None:
+        for event in client.stream(job_id, timeout=1):
+            told = "" if event.kind == "reset" else told + (event.text or "")
+    kept = Kept(
+        outcome=outcome,
+        celery=None if copy is None else json.loads(copy),
+        attempts=view.attempts,
+        ended_at=None if outcome is None or outcome.ledger is None else outcome.ledger.finished_at.timestamp(),
+        stream=stream,
+        told=told,
+    )
+    client.close()
+    server.close()
+    return kept
+
+
+def _taken_back(folder: Path) -> int:
+    """How many deliveries came back from the dead, by what the programs have logged."""
+    found = (line for line in texts(folder.glob("*.log")) if '"event": "delivery.taken_back"' in line)
+    return sum(json.loads(line)["deliveries"] for line in found)

@@ -1,0 +1,165 @@
+"""
+Does anything grow? Sends many short jobs through the stub engine: python -m tests.chaos.soak --jobs 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from common import keys
+from common.client import JobClient
+from common.redis_client import RedisClient, connect
+from tests.chaos.faults import Target
+from tests.chaos.run import make_jobs
+from tests.chaos.world import World, texts
+from tests.waiting import eventually
+
+GROWTH_MAX = 0.05  # of memory, over the last half
+IN_FLIGHT = 300  # jobs that have not ended, at most
+SAMPLE_EVERY_S = 0.5
+_END_S = 60.0
+
+_SETTINGS = {
+    "WORKER_STUB_ENGINE": "1",
+    "STUB_RUN_S": "0.01",
+    "STUB_LOAD_S": "0.05",
+    # What is kept for a time must have begun to go before the last half begins.
+    "JOB_RESULT_TTL_S": "5",
+    "STATUS_STREAM_LENGTH": "20",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What one process had at one moment; Redis's is what it says that it has allocated."""
+
+    bytes: int
+    descriptors: int
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soak:
+    """What came of it."""
+
+    jobs: int
+    ended: int
+    switches: int
+    took_s: float
+    samples: dict[str, Sequence[Sample]]  # by process, from the first job to the last
+
+    @property
+    def whole(self) -> bool:
+        """Did every job end, and did nothing grow?"""
+        return self.ended == self.jobs and all(
+            growth(samples) < GROWTH_MAX and not leaks(samples) for samples in self.samples.values()
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.ended} of {self.jobs} jobs ended, {self.switches} switches, {self.took_s:.0f} s"]
+        for name, samples in self.samples.items():
+            first, last = _edges(samples)
+            lines.append(
+                f"  {name}: {_median(first, 'bytes') / 2**20:.1f} MiB after the first half, "
+                f"{_median(last, 'bytes') / 2**20:.1f} MiB at the end ({growth(samples):+.1%}); descriptors "
+                f"{_median(first, 'descriptors'):.0f} and {_median(last, 'descriptors'):.0f}; "
+                f"threads {_median(first, 'threads'):.0f} and {_median(last, 'threads'):.0f}"
+            )
+        return "\n".join(lines)
+
+
+def growth(samples: Sequence[Sample]) -> float:
+    """How much the memory grew over the last half, as a share of what it was."""
+    first, last = _edges(samples)
+    return _median(last, "bytes") / _median(first, "bytes") - 1
+
+
+def leaks(samples: Sequence[Sample]) -> bool:
+    """Are there more descriptors or threads at the end than half-way?"""
+    first, last = _edges(samples)
+    return any(min(_all(last, what)) > max(_all(first, what)) for what in ("descriptors", "threads"))
+
+
+def _edges(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """The first fifth of the last half, and the last."""
+    half = samples[len(samples) // 2 :]
+    fifth = max(1, len(half) // 5)
+    return half[:fifth], half[-fifth:]
+
+
+def _all(samples: Sequence[Sample], what: str) -> list[int]:
+    return [getattr(sample, what) for sample in samples]
+
+
+def _median(samples: Sequence[Sample], what: str) -> float:
+    return statistics.median(_all(samples, what))
+
+
+def run_soak(count: int) -> Soak:
+    """Send *count* jobs for three models in turn, and look at the router, the worker and Redis meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as name:
+        world = World(Path(name), env=_SETTINGS, programs=(Target.ROUTER, Target.WORKER))
+        try:
+            world.start()
+            return _soak(world, count)
+        finally:
+            world.close()
+
+
+def _soak(world: World, count: int) -> Soak:
+    producer, client = JobClient(world.redis.url), connect(world.redis.url)
+    processes = {program.name: psutil.Process(program.process.pid) for program in world.programs.values()}
+    server = psutil.Process(world.redis._process.pid)
+    samples: dict[str, list[Sample]] = {name: [] for name in [*processes, "redis"]}
+    began = sampled_at = time.monotonic()
+    ids = set()
+    for body in make_jobs(count):
+        ids.add(producer.submit(body, job_id=str(uuid.uuid4())))
+        if len(ids) % 20 == 0:
+            eventually(lambda: _under_way(client) < IN_FLIGHT, within_s=_END_S, what="jobs end")
+        if time.monotonic() - sampled_at >= SAMPLE_EVERY_S:
+            sampled_at = time.monotonic()
+            for program, process in processes.items():
+                samples[program].append(_sample(process, process.memory_info().rss))
+            samples["redis"].append(_sample(server, client.info("memory")["used_memory"]))
+    eventually(lambda: _under_way(client) == 0, within_s=_END_S, what="the last job ends")
+    took_s = time.monotonic() - began
+    world.stop()
+    producer.close()
+    client.close()
+    lines = list(texts(world.folder.glob("*.log")))
+    ended = {line.split('"job_id": "', 1)[1][:36] for line in lines if '"event": "jobs.ended"' in line}
+    switches = sum('"event": "residency.switched"' in line for line in lines)
+    return Soak(jobs=count, ended=len(ended & ids), switches=switches, took_s=took_s, samples=samples)
+
+
+def _under_way(client: RedisClient) -> int:
+    """Jobs that wait for the router, or that it has routed and that have not ended."""
+    return int(client.llen(keys.SUBMIT_QUEUE) + client.hlen(keys.UNACKED) + client.hlen(keys.HELD))
+
+
+def _sample(process: psutil.Process, size: int) -> Sample:
+    return Sample(bytes=size, descriptors=process.num_fds(), threads=process.num_threads())
+
+
+def main() -> int:
+    """Run the soak; returns 1 if something grew or a job did not end."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.soak", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=20_000)
+    soak = run_soak(parser.parse_args().jobs)
+    print(soak)
+    return 0 if soak.whole else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

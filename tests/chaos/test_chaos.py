@@ -1,0 +1,130 @@
+"""
+The storm in short, and what it is judged by: a judge that sees nothing would let everything pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from common import keys
+from common.redis_client import connect
+from common.schemas import JobState, Ledger, Outcome
+from tests.chaos.faults import EVERY_KIND, Kind, Target, draw_faults
+from tests.chaos.report import Kept, Recovery, count_outcomes, is_unlike, is_untold, is_wrong, slowest_recovery, writes
+from tests.chaos.run import make_jobs, run_storm
+from tests.chaos.soak import Sample, growth, leaks
+from tests.chaos.world import LEASE_S
+from worker.embedded_redis import EmbeddedRedis
+
+SEED = 20261121
+
+
+@pytest.mark.timeout(400)
+def test_a_short_storm_breaks_no_promise(tmp_path: Path) -> None:
+    """Every kind of fault once among 160 jobs: each has one outcome, the answer of a quiet run, and nothing is left."""
+    jobs = make_jobs(160)
+    quiet, expected = run_storm(jobs, (), keep=tmp_path / "quiet")
+    assert quiet.whole, quiet
+    faults = draw_faults(SEED, len(EVERY_KIND), lease_s=LEASE_S)
+    report, _ = run_storm(jobs, faults, expected=expected, seed=SEED, keep=tmp_path / "storm")
+    assert report.whole, report
+    assert sum(report.faults.values()) == len(EVERY_KIND)
+
+
+def test_faults_are_drawn_alike_from_the_same_seed() -> None:
+    """A run can be repeated; another seed is another run."""
+    first, again, other = (draw_faults(seed, 40, lease_s=3) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("count", [len(EVERY_KIND), 36, 100])
+def test_every_kind_of_fault_comes_equally_often(count: int) -> None:
+    """However many are drawn, no kind is left out, and none comes twice as often as another has once more."""
+    drawn = Counter((fault.target, fault.kind) for fault in draw_faults(7, count, lease_s=3))
+    assert set(drawn) == set(EVERY_KIND)
+    assert max(drawn.values()) - min(drawn.values()) <= 1
+
+
+def test_pauses_are_longer_than_a_lease_and_shorter() -> None:
+    """So that both are seen: a worker that comes back in time, and one whose jobs run elsewhere by then."""
+    lasting = [fault.lasts_s for fault in draw_faults(7, 200, lease_s=3) if fault.kind is not Kind.KILL]
+    assert min(lasting) < 1
+    assert 2 * 3 < max(lasting) <= 3 * 3
+
+
+def test_redis_writes_down_each_outcome_that_it_is_given(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    """The witness counts an outcome that is written twice, also over a kill of Redis; others once."""
+    client = connect(own_redis.url)
+    client.set(keys.outcome("once"), "a")
+    client.set(keys.outcome("twice"), "a", ex=100)
+    own_redis.kill()
+    own_redis.start()
+    client.eval("redis.call('SET', KEYS[1], 'a')", 1, keys.outcome("twice"))
+    client.set("something else", "a")
+    client.close()
+    own_redis.stop()
+    assert count_outcomes(tmp_path / "redis") == {"once": 1, "twice": 2}
+
+
+def test_a_command_that_was_cut_off_is_left_out() -> None:
+    """Redis was killed while it wrote the last one."""
+    whole = b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n"
+    assert list(writes(whole + whole[:-4])) == [[b"GET", b"a"]]
+
+
+def kept(text: str = "four words are here", *, copy: str | None = None, stream: list[str] | None = None) -> Kept:
+    """A job that was answered with *text*, and what is there beside the record."""
+    choices = [{"index": 0, "message": {"role": "assistant", "content": text}}]
+    outcome = Outcome(job_id="a", state=JobState.ANSWERED, response={"choices": choices}, ledger=Ledger())
+    other = outcome.model_copy(update={"response": {"choices": [{"message": {"content": copy}}]}})
+    return Kept(
+        outcome=outcome,
+        celery={"status": "SUCCESS", "result": (other if copy else outcome).result()},
+        attempts=1,
+        ended_at=1.0,
+        stream=None if stream is None else [{"kind": kind} for kind in stream],
+        told=text,
+    )
+
+
+def test_the_judge_sees_what_is_wrong() -> None:
+    """Another answer than expected, another copy than the record, a stream with two ends or none."""
+    assert is_wrong(kept("one"), "two")
+    assert not is_wrong(kept("one"), "one")
+    assert is_unlike(kept("one", copy="two"))
+    assert not is_unlike(kept("one"))
+    assert not is_untold(kept(stream=["reset", "chunk", "end"]))
+    for events in (["reset", "chunk"], ["chunk", "end", "end"], ["end", "chunk"]):
+        assert is_untold(kept(stream=events))
+
+
+def test_a_recovery_lasts_until_the_next_outcome() -> None:
+    """The longest of them counts; a fault after the last outcome has none."""
+    mended = [(10.0, "redis killed"), (20.0, "router paused"), (99.0, "all killed")]
+    assert slowest_recovery(mended, [12.0, 21.0, 5.0]) == Recovery(seconds=2.0, fault="redis killed")
+    assert slowest_recovery(mended, []) is None
+
+
+def samples(sizes: list[int], descriptors: int = 5, more: int = 0) -> list[Sample]:
+    """Samples of these sizes; the last fifth of the last half has *more* descriptors."""
+    late = len(sizes) - len(sizes) // 10
+    return [Sample(bytes=s, descriptors=descriptors + more * (i >= late), threads=3) for i, s in enumerate(sizes)]
+
+
+def test_growth_is_that_of_the_last_half() -> None:
+    """A warm-up counts for nothing; what goes on growing shows, and so does a leaked descriptor."""
+    assert growth(samples([*range(100, 200), *[200] * 100])) == 0
+    assert growth(samples(list(range(100, 300)))) > 0.3
+    assert not leaks(samples([1] * 100))
+    assert leaks(samples([1] * 100, more=1))
+
+
+def test_the_targets_of_the_issue_are_hit() -> None:
+    """Engine, worker, router, Redis and all of them are killed; each of the first four is paused; two are cut off."""
+    killed, paused, cut = ({t for t, kind in EVERY_KIND if kind is wanted} for wanted in Kind)
+    assert killed == set(Target)
+    assert paused == set(Target) - {Target.ALL}
+    assert cut == {Target.WORKER, Target.OTHER, Target.ROUTER}
