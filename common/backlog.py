@@ -51,10 +51,14 @@ class Place(BaseModel):
             return cls(queued_at=now, priority=step, max_wait_s=max_wait_s)
 
     @classmethod
-    def of_job(cls, request: JobRequest, *, now: float) -> Self:
-        """Describe a job that is routed *now*; of its prompt's tokens there are about a quarter of its bytes."""
+    def of_job(cls, request: JobRequest, *, now: float, earlier: object = None) -> Self:
+        """
+        Describe a job that is routed *now* (Unix seconds), about four bytes of its prompt being a token.
+
+        One that is routed again goes on waiting: *earlier* is the header that it came with.
+        """
         return cls(
-            queued_at=now,
+            queued_at=cls.of({"headers": {PLACE_HEADER: earlier}, "properties": {}}, now=now).queued_at,
             priority=request.priority,
             tenant=request.tenant,
             prompt_tokens=len(request.text.encode()) // 4,

@@ -18,13 +18,14 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 
 from common import keys
-from common.backlog import Place
+from common.backlog import PLACE_HEADER, Place
 from common.errors import EngineNotReady, InternalError, InvalidRequest, ShiftworkerError
 from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, SwitchStage
 from worker.delivery.pool import signal_of
-from worker.jobs.runner import DuplicateDelivery, HandBack, JobRunner, RouteAgain, StaysHere, outcome_of
+from worker.jobs.failures import DuplicateDelivery, HandBack, RouteAgain, StaysHere, outcome_of
+from worker.jobs.runner import JobRunner
 from worker.jobs.submit_lane import shown
 from worker.residency.switcher import Switcher
 from worker.routing.router import Router
@@ -65,7 +66,7 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
             logger.info("routing.routed", model_id=route.model, complexity=route.complexity, why=route.why)
             # Should Redis go away between publishing and acknowledging, a second copy is published later; the first
             # of the two that runs claims the job, the other one is dropped.
-            raise task.replace(_generate_signature(app, request, route))
+            raise task.replace(_generate_signature(app, request, route, earlier=task.request.get(PLACE_HEADER)))
 
 
 def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
@@ -91,7 +92,10 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
                 raise task.replace(_submit_signature(app, request)) from None
             except StaysHere:
                 stays = chosen.model_copy(update={"cloud": None, "stays": True})
-                raise task.replace(_generate_signature(app, JobRequest.parse(request), stays)) from None
+                signature = _generate_signature(
+                    app, JobRequest.parse(request), stays, earlier=task.request.get(PLACE_HEADER)
+                )
+                raise task.replace(signature) from None
             except DuplicateDelivery:
                 raise Ignore from None
             except REDIS_AWAY:
@@ -158,7 +162,7 @@ def settle(task: Task, outcome: Outcome) -> dict[str, Any]:
     raise error
 
 
-def _generate_signature(app: Celery, request: JobRequest, route: Route) -> Any:
+def _generate_signature(app: Celery, request: JobRequest, route: Route, *, earlier: object = None) -> Any:
     """The task that answers the job, on its way to its model's queue; Flower sees no prompt."""
     body = request.model_dump(mode="json", exclude_none=True)
     return app.signature(
@@ -167,7 +171,7 @@ def _generate_signature(app: Celery, request: JobRequest, route: Route) -> Any:
         immutable=True,
         queue=keys.model_queue(route.model),
         priority=request.priority,
-        headers=Place.of_job(request, now=time.time()).header(),
+        headers=Place.of_job(request, now=time.time(), earlier=earlier).header(),
         argsrepr=shown(request, route),
         kwargsrepr="{}",
     )

@@ -14,6 +14,7 @@ from common import backlog_scripts as scripts
 from common import keys
 from common.backlog import PLACE_HEADER, Place, RedisBacklog
 from common.redis_client import RedisClient
+from common.schemas import JobRequest
 
 NOW = 1_000_000.0
 QUEUE = keys.model_queue("large")
@@ -217,6 +218,16 @@ def test_the_header_carries_the_place(line: Line) -> None:
 def commands(client: RedisClient) -> int:
     """How many commands Redis has carried out, those inside scripts counted."""
     return sum(stats["calls"] for stats in client.info("commandstats").values())
+
+
+def test_a_job_describes_its_place_and_keeps_its_time_when_it_is_routed_again() -> None:
+    """Four bytes of the prompt are a token; an answer of any length, and a header that is nonsense, say nothing."""
+    body = {"messages": [{"role": "user", "content": "x" * 40}], "priority": 4, "tenant": "t", "deadline": NOW + 9}
+    job = JobRequest.parse(body)
+    place = Place.of_job(job, now=NOW)
+    assert place == Place(queued_at=NOW, priority=4, tenant="t", prompt_tokens=10, deadline_at=NOW + 9)
+    assert Place.of_job(job, now=NOW + 5, earlier=place.header()[PLACE_HEADER]).queued_at == NOW
+    assert Place.of_job(job, now=NOW + 5, earlier={"queued_at": "soon"}).queued_at == NOW + 5
 
 
 @pytest.fixture

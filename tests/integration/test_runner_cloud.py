@@ -13,7 +13,7 @@ import pytest
 from celery.exceptions import Ignore
 
 from common import keys
-from common.backlog import RedisBacklog
+from common.backlog import PLACE_HEADER, Place, RedisBacklog
 from common.celery_app import create_app
 from common.job_store import MemoryJobStore
 from common.schemas import JobRequest, JobState, Outcome, Route
@@ -23,7 +23,8 @@ from tests.fakes.endpoint import ANSWER, Endpoint
 from worker.engines.base import StopSignal
 from worker.engines.remote import RemoteEngine
 from worker.jobs.cloud_lane import StandIn
-from worker.jobs.runner import HandBack, JobLimits, JobRunner, StaysHere
+from worker.jobs.failures import HandBack, JobLimits, StaysHere
+from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.residency.may_leave import Cloud
 from worker.tasks import add_generate_task
@@ -161,7 +162,7 @@ def test_an_endpoint_that_is_not_there_is_looked_for_before_the_first_job(world:
 def test_a_job_that_stays_goes_back_to_its_model_s_queue(
     monkeypatch: pytest.MonkeyPatch, redis_url: str, redis_client: Any
 ) -> None:
-    """Under its own id, marked, so that it is not sent again."""
+    """Under its own id, marked, so that it is not sent again; it has waited since it was routed first."""
 
     class Refusing(JobRunner):
         def __init__(self) -> None: ...
@@ -174,7 +175,8 @@ def test_a_job_that_stays_goes_back_to_its_model_s_queue(
     add_generate_task(app, Refusing(), MemoryJobStore())
     task = app.tasks[keys.GENERATE_TASK]
     arguments = [BODY, ROUTE.model_dump(mode="json")]
-    task.push_request(id="job", args=arguments, kwargs={}, called_directly=False, is_eager=False)
+    came = Place(queued_at=1000.0, tenant="t").header()
+    task.push_request(id="job", args=arguments, kwargs={}, called_directly=False, is_eager=False, **came)
     try:
         with pytest.raises(Ignore):
             task.run(*arguments)
@@ -188,3 +190,4 @@ def test_a_job_that_stays_goes_back_to_its_model_s_queue(
     assert (sent["headers"]["task"], sent["headers"]["id"]) == (keys.GENERATE_TASK, "job")
     assert request["messages"] == BODY["messages"]
     assert (route["stays"], route["cloud"], route["model"]) == (True, None, "small")
+    assert sent["headers"][PLACE_HEADER]["queued_at"] == 1000.0

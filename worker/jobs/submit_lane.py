@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import keys
-from common.backlog import Place
+from common.backlog import PLACE_HEADER, Place
 from common.errors import ShiftworkerError
 from common.logs import get_logger
 from common.schemas import JobRequest, JobState, Route
@@ -87,7 +87,7 @@ def generate_message(run: Run, request: JobRequest, route: Route, *, queue: str,
         "task": keys.GENERATE_TASK,
         "argsrepr": shown(request, route),
         "kwargsrepr": "{}",
-        **Place.of_job(request, now=now).header(),
+        **Place.of_job(request, now=now, earlier=run.headers.get(PLACE_HEADER)).header(),
     }
     headers.pop("redelivered", None)
     properties = {
