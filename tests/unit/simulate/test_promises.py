@@ -207,3 +207,12 @@ def test_the_bound_of_interactive_jobs_holds_in_an_overload_of_batch() -> None:
 
     assert max(waits) <= 75
     assert max(run.ends) <= 1.05 * 14_400
+
+
+def test_a_group_over_two_models_loads_each_once() -> None:
+    """Two hundred drafts, each judged on another model once it is done: all drafts first, then all verdicts."""
+    drafts = [make_job(n, "draft") for n in range(200)]
+    verdicts = [make_job(200 + n, "judge", 10.0 + n + 1) for n in range(200)]
+    world = World(jobs=drafts + verdicts, costs={"draft": make_costs(), "judge": make_costs()})
+
+    assert [(turn.model, turn.jobs) for turn in world.run().turns] == [("draft", 200), ("judge", 200)]
