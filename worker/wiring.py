@@ -54,7 +54,8 @@ from worker.hardware.gpu import Machine
 from worker.jobs.capacities import Capacities
 from worker.jobs.cloud_lane import CloudLane, StandIn
 from worker.jobs.job_lane import JobLane
-from worker.jobs.runner import JobLimits, JobRunner
+from worker.jobs.failures import JobLimits
+from worker.jobs.runner import JobRunner
 from worker.jobs.submit_lane import SubmitLane
 from worker.memory.measured import LoadKey, Measured, Measurement, device_name, engine_name
 from worker.residency.board import ResidencyBoard

@@ -31,8 +31,9 @@ from worker.catalog.spec import EngineKind
 from worker.delivery.redis_steps import RedisSteps
 from worker.engines.base import Call, Completion, JobStopped, OnAnswer, StopSignal
 from worker.engines.stub import StubEngine
+from worker.jobs.failures import HandBack, JobLimits
 from worker.jobs.job_lane import JobLane
-from worker.jobs.runner import HandBack, JobLimits, JobRunner
+from worker.jobs.runner import JobRunner
 from worker.jobs.submit_lane import SubmitLane
 from worker.residency.board import ResidencyBoard
 from worker.routing.router import Router

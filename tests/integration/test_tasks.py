@@ -20,7 +20,8 @@ from common.errors import InvalidRequest
 from common.job_store import MemoryJobStore
 from common.schemas import JobState, OfferedModel, Outcome
 from common.settings import Settings
-from worker.jobs.runner import JobRunner, RouteAgain
+from worker.jobs.failures import RouteAgain
+from worker.jobs.runner import JobRunner
 from worker.routing.router import Router
 from worker.routing.rules_file import load_rules
 from worker.tasks import add_generate_task, add_submit_task, body_of

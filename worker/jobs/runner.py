@@ -9,17 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from common.errors import (
-    AttemptsExhausted,
-    DeadlineExceeded,
-    EngineNotReady,
-    JobCancelled,
-    LoadFailed,
-    PromptTooLong,
-    Refused,
-    ShiftworkerError,
-    Unavailable,
-)
+from common.errors import EngineNotReady, LoadFailed, Refused, ShiftworkerError
 from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
@@ -37,38 +27,23 @@ from worker.engines.base import (
 )
 from worker.engines.http import CONNECT_S
 from worker.jobs.cloud_lane import StandIn
+from worker.jobs.failures import (
+    NOT_READY_PAUSE_S,
+    DuplicateDelivery,
+    Failures,
+    HandBack,
+    JobLimits,
+    StaysHere,
+    cancelled,
+    expired,
+    outcome_of,
+)
 from worker.jobs.token_writer import TokenWriter
 from worker.residency.board import ResidencyBoard
 from worker.residency.may_leave import may_leave
 from worker.selection.placement import Placement
 
 logger = get_logger(__name__)
-
-_NOT_READY_PAUSE_S = 0.2  # before a job goes back to a queue that is about to be closed: no busy loop
-
-
-class HandBack(Exception):
-    """The job has no outcome yet; its message must go back to the head of its queue."""
-
-
-class RouteAgain(Exception):
-    """The job has no outcome yet; its model was loaded too short for it, and another one may not be."""
-
-
-class StaysHere(Exception):
-    """The job has no outcome yet; the cloud endpoint will not have it, so it waits for its own model."""
-
-
-class DuplicateDelivery(Exception):
-    """Another message with the same job is in flight; this copy must be dropped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobLimits:
-    """What one job may take."""
-
-    timeout_s: float  # in the engine, per attempt
-    max_attempts: int  # engine deaths and hangs under one job
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +88,7 @@ class JobRunner:
         self._placements = placements
         self._engines = engines
         self._limits = limits
+        self._failures = Failures(store=store, board=board, limits=limits)
         self._switch_seconds = switch_seconds
         self._stand_in = stand_in
         self._on_answer = on_answer
@@ -168,9 +144,9 @@ class JobRunner:
 
         # (2) Cancelled. (3) Expired.
         if job_id in self._store.asked_to_cancel([job_id]):
-            return self._end(job_id, ledger, _cancelled(job_id))
+            return self._end(job_id, ledger, cancelled(job_id))
         if request.deadline is not None and started >= request.deadline:
-            return self._end(job_id, ledger, _expired(request.deadline, "while the job waited"))
+            return self._end(job_id, ledger, expired(request.deadline, "while the job waited"))
 
         try:
             # (4) Its engine, ready for as long as it runs.
@@ -188,7 +164,7 @@ class JobRunner:
                     if request.stream:
                         self.tokens.flush()  # before the end is stored: nothing is added to a stream behind it
         except (ShiftworkerError, JobStopped) as error:
-            return self._failed(job_id, request, ledger, stop, error)
+            return self._end(job_id, ledger, self._failures.end_of(job_id, request, ledger, stop, error))
         return self._finish(self.answered(job_id, ledger, completion))
 
     # --- What a lane does step by step: see job_lane.py --------------------------------------------------
@@ -267,7 +243,8 @@ class JobRunner:
         try:
             completion = ran.read()
         except (ShiftworkerError, JobStopped) as error:
-            return self._failed(ran.job_id, ran.request, ran.ledger, ran.stop, error)
+            end = self._failures.end_of(ran.job_id, ran.request, ran.ledger, ran.stop, error)
+            return self._end(ran.job_id, ran.ledger, end)
         return self._finish(self.answered(ran.job_id, ran.ledger, completion))
 
     @contextmanager
@@ -317,69 +294,12 @@ class JobRunner:
         if (other := self._running.setdefault(job_id, run)) is not run:
             if other.delivery != delivery:
                 raise DuplicateDelivery
-            stop.wait(_NOT_READY_PAUSE_S)
+            stop.wait(NOT_READY_PAUSE_S)
             raise HandBack
         try:
             yield
         finally:
             del self._running[job_id]
-
-    def _failed(
-        self, job_id: str, request: JobRequest, ledger: Ledger, stop: StopSignal, error: ShiftworkerError | JobStopped
-    ) -> Outcome:
-        """What an attempt without an answer means for the job: its end, or another attempt."""
-        if isinstance(error, EngineNotReady):
-            stop.wait(_NOT_READY_PAUSE_S)
-            raise self._handed_back(job_id) from None
-        if isinstance(error, JobStopped):
-            error = self._stopped(job_id, error.reason)
-        elif isinstance(error, Unavailable):
-            error = self._fault(job_id, request, error)
-        elif isinstance(error, PromptTooLong):
-            error = self._too_long(job_id, ledger, error)
-        return self._end(job_id, ledger, error)
-
-    def _fault(self, job_id: str, request: JobRequest, error: Unavailable) -> ShiftworkerError:
-        """What an engine's death or silence means for the job: another attempt, or the end."""
-        if request.deadline is not None and utc_now() >= request.deadline:
-            return _expired(request.deadline, "while the engine worked on it")
-        faults = self._store.note_fault(job_id)
-        logger.warning("jobs.fault", job_id=job_id, faults=faults, error=error.message)
-        if faults < self._limits.max_attempts:
-            raise self._handed_back(job_id)
-        return AttemptsExhausted(
-            f"The engine failed under this job {faults} times, the last time with: {error.message} It is not tried "
-            "again; shorten the prompt or max_tokens, or see the worker's log for what the engine said."
-        )
-
-    def _stopped(self, job_id: str, reason: str) -> ShiftworkerError:
-        """What a stop means for the job."""
-        if reason == "cancelled":
-            return _cancelled(job_id)
-        if reason == "deadline":
-            return DeadlineExceeded("The job's time limit passed while the engine worked on it; it was stopped there.")
-        raise self._handed_back(job_id)
-
-    def _too_long(self, job_id: str, ledger: Ledger, error: PromptTooLong) -> PromptTooLong:
-        """
-        What a prompt that is too long means for the job: the end, unless its model is shorter than it was offered.
-
-        Then the router knows by now, and is asked once more; the second time nobody has a longer one.
-        """
-        resident = self._board.read().resident(ledger.model or "")
-        if resident is None or resident.max_model_len is None:
-            return error
-        if ledger.attempt == 1:
-            self._store.note_handed_back(job_id)
-            raise RouteAgain
-        return PromptTooLong(
-            f"{error.message} For want of memory {resident.model_id} is loaded with {resident.max_model_len:,} tokens "
-            "for now, fewer than it was offered with: send the job again later, or name another model."
-        )
-
-    def _handed_back(self, job_id: str) -> HandBack:
-        self._store.note_handed_back(job_id)
-        return HandBack()
 
     def _end(self, job_id: str, ledger: Ledger, error: ShiftworkerError) -> Outcome:
         return self._finish(outcome_of(error, job_id, ledger.model_copy(update={"finished_at": utc_now()})))
@@ -388,19 +308,3 @@ class JobRunner:
         kept = self._store.finish(outcome)
         logger.info("jobs.ended", job_id=kept.job_id, state=kept.state, model_id=kept.ledger.model)
         return kept
-
-
-def outcome_of(error: ShiftworkerError, job_id: str, ledger: Ledger) -> Outcome:
-    """The outcome of a job that ends with *error*."""
-    if isinstance(error, JobCancelled):
-        return Outcome(job_id=job_id, state=JobState.CANCELLED, error=ErrorBody.of(error), ledger=ledger)
-    state = JobState.EXPIRED if isinstance(error, DeadlineExceeded) else JobState.FAILED
-    return Outcome(job_id=job_id, state=state, error=ErrorBody.of(error), ledger=ledger)
-
-
-def _cancelled(job_id: str) -> JobCancelled:
-    return JobCancelled(f"Job {job_id} was cancelled.")
-
-
-def _expired(deadline: datetime, when: str) -> DeadlineExceeded:
-    return DeadlineExceeded(f"The job's deadline, {deadline.isoformat()}, passed {when}.")

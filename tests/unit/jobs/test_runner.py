@@ -30,7 +30,8 @@ from tests.waiting import eventually
 from worker.catalog.spec import EngineKind
 from worker.engines.base import Call, Completion, StopSignal
 from worker.engines.stub import StubEngine
-from worker.jobs.runner import DuplicateDelivery, HandBack, JobLimits, JobRunner, RouteAgain
+from worker.jobs.failures import DuplicateDelivery, HandBack, JobLimits, RouteAgain
+from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.state.residency import Level, Resident
 
