@@ -20,6 +20,9 @@ from common.schemas import JobRequest
 PLACE_HEADER = "shiftworker_place"  # of a message: its Place, but for the priority, which is a property of its own
 
 _AT_ONCE = 100  # messages a round trip
+_MOST_TOKENS = 10**9  # of one job; their sums must stay below 2^48, see backlog_scripts
+_FAR_OFF = 1e10  # Unix seconds: the year 2286; a member of the order has 16 digits of microseconds
+_BYTES_PER_TOKEN = 4  # of English; what is asked of it is a share, not a count
 
 
 class Place(BaseModel):
@@ -27,12 +30,12 @@ class Place(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    queued_at: float = Field(ge=0, lt=1e10, description="Unix seconds when the router sent it to its model")
+    queued_at: float = Field(ge=0, lt=_FAR_OFF, description="Unix seconds when the router sent it to its model")
     priority: int = Field(default=0, ge=0, le=9, description="a step of keys.PRIORITY_STEPS; 0 is served first")
     tenant: str = Field(default="default", max_length=100)
-    prompt_tokens: int | None = Field(default=None, ge=0, le=10**9)
-    output_tokens: int | None = Field(default=None, ge=0, le=10**9, description="the longest answer it allows")
-    deadline_at: float | None = Field(default=None, ge=0, lt=1e10, description="Unix seconds")
+    prompt_tokens: int | None = Field(default=None, ge=0, le=_MOST_TOKENS)
+    output_tokens: int | None = Field(default=None, ge=0, le=_MOST_TOKENS, description="the longest answer it allows")
+    deadline_at: float | None = Field(default=None, ge=0, lt=_FAR_OFF, description="Unix seconds")
     max_wait_s: float | None = Field(default=None, ge=0, lt=1e9, description="the bound on its waiting")
 
     @classmethod
@@ -53,7 +56,7 @@ class Place(BaseModel):
     @classmethod
     def of_job(cls, request: JobRequest, *, now: float, earlier: object = None) -> Self:
         """
-        Describe a job that is routed *now* (Unix seconds), about four bytes of its prompt being a token.
+        Describe a job that is routed *now* (Unix seconds).
 
         One that is routed again goes on waiting: *earlier* is the header that it came with.
         """
@@ -61,9 +64,9 @@ class Place(BaseModel):
             queued_at=cls.of({"headers": {PLACE_HEADER: earlier}, "properties": {}}, now=now).queued_at,
             priority=request.priority,
             tenant=request.tenant,
-            prompt_tokens=len(request.text.encode()) // 4,
-            output_tokens=request.answer_tokens,
-            deadline_at=request.deadline.timestamp() if request.deadline else None,
+            prompt_tokens=_prompt_tokens(request),
+            output_tokens=min(request.answer_tokens, _MOST_TOKENS) if request.answer_tokens else None,
+            deadline_at=min(max(request.deadline.timestamp(), 0), _FAR_OFF - 1) if request.deadline else None,
         )
 
     def header(self) -> dict[str, Any]:
@@ -161,6 +164,13 @@ class RedisBacklog:
     def read(self, queue: str) -> Any:
         """The sums, lane by lane, as `backlog_scripts.READ` gives them; it looks at no single job."""
         return self._redis.eval(scripts.READ, 1, keys.backlog(queue))
+
+
+def _prompt_tokens(request: JobRequest) -> int:
+    given = request.prompt if request.prompt is not None else request.input
+    items = given if isinstance(given, list) else []
+    token_ids = sum(len(item) if isinstance(item, list) else isinstance(item, int) for item in items)
+    return token_ids + len(request.text.encode()) // _BYTES_PER_TOKEN
 
 
 def job_id_of(message: Mapping[str, Any]) -> str:

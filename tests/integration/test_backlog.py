@@ -230,6 +230,24 @@ def test_a_job_describes_its_place_and_keeps_its_time_when_it_is_routed_again() 
     assert Place.of_job(job, now=NOW + 5, earlier={"queued_at": "soon"}).queued_at == NOW + 5
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"prompt": [1, 2, 3]}, {"prompt_tokens": 3}),
+        ({"prompt": [[1, 2], [3]]}, {"prompt_tokens": 3}),
+        ({"prompt": ["four", "five five"]}, {"prompt_tokens": 3}),
+        ({"prompt": "", "max_tokens": 10**30}, {"prompt_tokens": 0, "output_tokens": 10**9}),
+        ({"prompt": "", "deadline": "9999-12-31T00:00:00Z"}, {"prompt_tokens": 0, "deadline_at": 1e10 - 1}),
+        ({"prompt": "", "deadline": "0001-01-01T00:00:00Z"}, {"prompt_tokens": 0, "deadline_at": 0}),
+    ],
+)
+def test_every_job_has_a_place(fields: dict[str, Any], says: dict[str, float]) -> None:
+    """Whatever its body says, it can be queued: token ids are counted, and what is beyond all measure is cut."""
+    assert Place.of_job(JobRequest.parse(fields), now=NOW) == Place.model_validate(
+        {"queued_at": NOW, "priority": 3, **says}
+    )
+
+
 @pytest.fixture
 def cost(redis_client: RedisClient) -> Callable[[Callable[[], object]], int]:
     """Counts the commands of a deed."""
