@@ -62,13 +62,19 @@ class Unloader:
 
     def put_to_sleep(self, model_id: str, level: Level) -> None:
         """
-        Have *model_id*, whose jobs have ended, sleep at *level*; one that does not free its cards in time is ended.
+        Have *model_id* sleep at *level*; one that does not free its cards in time is ended.
+
+        So is one whose jobs would not leave: vLLM would abort them, and call what they have so far their answer.
 
         Raises
         ------
         EngineTimeout
             See `stop`.
         """
+        resident = self._board.read().resident(model_id)
+        if resident is None or resident.in_flight:
+            self.stop(model_id)
+            return
         before, began = self._parts.machine.read(), time.monotonic()
         try:
             self._fall_asleep(model_id, level, before)
@@ -77,7 +83,7 @@ class Unloader:
                 self._parts.ban(model_id, level, error.message)
             self.stop(model_id)
         else:
-            self._note_asleep(model_id, level, before, seconds=time.monotonic() - began)
+            self._note_asleep(resident, level, before, seconds=time.monotonic() - began)
 
     def _fall_asleep(self, model_id: str, level: Level, before: Machine) -> None:
         parts, placement = self._parts, self._parts.placements[model_id]
@@ -87,10 +93,9 @@ class Unloader:
         if lacks := parts.reclaimer.see_asleep(placement, before, freed=freed):
             raise EngineFailed(f"{model_id} fell asleep and kept its memory: {'; '.join(lacks)}")
 
-    def _note_asleep(self, model_id: str, level: Level, before: Machine, *, seconds: float) -> None:
+    def _note_asleep(self, resident: Resident, level: Level, before: Machine, *, seconds: float) -> None:
         """Put on the board what it takes asleep, as far as the machine says; else what was expected."""
-        parts, resident = self._parts, self._board.read().resident(model_id)
-        assert resident is not None  # noqa: S101 - it has just left its card
+        parts, model_id = self._parts, resident.model_id
         now, placement = parts.machine.read(), parts.placements[model_id]
         expected = rest_at(level, resident, placement.memory, host_bytes=None).held
         gone = before.ram_available_bytes - now.ram_available_bytes

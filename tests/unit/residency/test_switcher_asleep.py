@@ -18,6 +18,7 @@ from tests.switch_world import LIMITS, World
 from worker.catalog.spec import EngineKind
 from worker.engines.base import Completion, EngineState
 from worker.memory.estimate import MemoryEstimate
+from worker.residency import unloader
 from worker.state.backlog import Backlog, Waiting
 from worker.state.residency import Level
 
@@ -58,11 +59,19 @@ class Box(World):
         return super().read()
 
 
-def box(names: str = "ab", *, asleep: int = 2, ram_gib: float = 64, attempt_s: float = 5, **options: object) -> Box:
+def box(
+    names: str = "ab",
+    *,
+    asleep: int = 2,
+    ram_gib: float = 64,
+    attempt_s: float = 5,
+    drain_s: float = 5,
+    **options: object,
+) -> Box:
     made = Box(
         placements=placements(names),
         wake_s=BOTH,
-        limits=replace(LIMITS, asleep=asleep, attempt_s=attempt_s),
+        limits=replace(LIMITS, asleep=asleep, attempt_s=attempt_s, drain_s=drain_s),
         host=64 * GIB,
         **options,
     )  # type: ignore[arg-type]
@@ -323,3 +332,14 @@ def test_a_worker_that_leaves_does_not_wait_for_a_model_that_falls_asleep() -> N
     assert record.reason.startswith("the worker leaves")
     assert world.engine.state("a") is EngineState.STOPPED
     assert (world.residency.banned, world.residency.quarantined) == ({}, {})
+
+
+def test_a_model_whose_jobs_do_not_leave_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asleep, vLLM would give them what they have so far as their answer; ended, they run again."""
+    monkeypatch.setattr(unloader, "_HANDBACK_S", 0.01)
+    world = box(drain_s=0.01).with_a_ready()
+    with world.board.enter("a"):
+        record = world.switch("b")
+
+    assert record.outcome == "ready"
+    assert ("stop a" in world.deeds, "asleep_1 a" in world.deeds) == (True, False)
