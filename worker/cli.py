@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,12 +210,13 @@ def _estimate_batch(file: Path) -> None:
 
 @app.command()
 def plan(
-    trace: Annotated[Path, typer.Argument(help="Jobs, a JSON object on each line.")],
     costs: Annotated[Path, typer.Option(help="What loads and jobs of each model take, a TOML table for each.")],
+    trace: Annotated[Path | None, typer.Argument(help="Jobs, a JSON object on each line.")] = None,
     policy: Annotated[str, typer.Option(help="shiftworker, fifo, collate or round-robin")] = "shiftworker",
     workers: Annotated[int, typer.Option(min=1, help="Workers on the one queue.")] = 1,
     max_wait: Annotated[float | None, typer.Option(min=0, help="Seconds; unset = SWITCH_MAX_WAIT_S.")] = None,
     *,
+    live: Annotated[bool, typer.Option("--live", help="Instead of a trace: what waits now, for one worker.")] = False,
     turns: Annotated[bool, typer.Option("--turns", help="Show each turn, and why it was taken.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -224,18 +226,53 @@ def plan(
     from worker.simulate.show import show_plan  # noqa: PLC0415 - as above
 
     settings = _settings()
+    max_wait_s = settings.switch.max_wait_s if max_wait is None else max_wait
+    if live == (trace is not None):
+        raise BadSetting("shiftworker plan needs a TRACE, or --live for what waits now: one of the two.")
+    if trace is None:
+        _plan_live(settings, costs, max_wait_s, as_json=as_json)
+        return
     found = plan_file(
         trace,
         costs,
         policy=policy_named(policy),
         workers=workers,
-        max_wait_s=settings.switch.max_wait_s if max_wait is None else max_wait,
+        max_wait_s=max_wait_s,
         min_turn_s=settings.switch.min_turn_s,
     )
     if as_json:
         _print_json(found.as_dict(turns=turns))
     else:
         _out.print(show_plan(found, turns=turns))
+
+
+def _plan_live(settings: Settings, costs_file: Path, max_wait_s: float, *, as_json: bool) -> None:
+    """Print what the worker would do with the jobs that wait."""
+    from worker.scheduling.redis_queues import RedisQueues  # noqa: PLC0415 - as above
+    from worker.simulate.costs import read_costs  # noqa: PLC0415 - as above
+    from worker.simulate.live import plan_backlog  # noqa: PLC0415 - as above
+
+    costs = read_costs(costs_file)
+    client = connect(settings.redis.url)
+    ping(client, settings.redis.url)
+    found = read_statuses(client)
+    offered = {model.id for offer in read_offers(client) for model in offer.models}
+    ready = next((r for status in found for r in status.residents if r.level == "ready"), None)
+    planned = plan_backlog(
+        RedisQueues(client, sorted(offered | costs.keys())).backlog(),
+        costs,
+        now=time.time(),
+        ready=ready.model if ready else None,
+        ready_since=ready.since.timestamp() if ready else 0.0,
+        max_wait_s=max_wait_s,
+        min_turn_s=settings.switch.min_turn_s,
+    )
+    if as_json:
+        _print_json(planned.as_dict())
+        return
+    for model, jobs in planned.jobs.items():
+        _out.print(f"{model}: {jobs} jobs, the last ends in {planned.finish_s[model]:,.0f} s", highlight=False)
+    _out.print(f"{planned.switches} switches", highlight=False)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from worker.simulate.costs import ModelCosts
@@ -81,7 +81,7 @@ def _play(snapshot: Snapshot, model_id: str, ahead: int, bundle: int, dice: rand
         job
         for model, waiting in snapshot.backlog.by_model.items()
         for lane in waiting.by_class
-        for job in _jobs_of(lane, model, bundle, snapshot, dice)
+        for job in jobs_of(lane, model, now=snapshot.now, sizes=_sizes(lane.count, bundle, snapshot.spread, dice))
     ]
     work_s = sum(_alone_s(job, snapshot.costs[job.model]) for job in jobs)
     jobs += _coming(snapshot, snapshot.now + work_s, dice)
@@ -106,16 +106,14 @@ def _play(snapshot: Snapshot, model_id: str, ahead: int, bundle: int, dice: rand
     return run.ends[target], len(run.turns) + (snapshot.target is not None)
 
 
-def _jobs_of(lane: Lane, model: str, bundle: int, snapshot: Snapshot, dice: random.Random) -> list[TracedJob]:
-    """Make the jobs of a lane up from their sums: of usual size, give or take the spread, and evenly old."""
-    count = math.ceil(lane.count / bundle)
-    oldest = snapshot.now if lane.oldest_at is None else lane.oldest_at
+def jobs_of(lane: Lane, model: str, *, now: float, sizes: Sequence[float]) -> list[TracedJob]:
+    """Make the jobs of a lane up from its sums, evenly old; *sizes* are their shares of its tokens."""
+    oldest = now if lane.oldest_at is None else lane.oldest_at
     newest = oldest if lane.newest_at is None else lane.newest_at
-    sizes = [_noise(snapshot.spread / math.sqrt(bundle), dice) / count for _ in range(count)]
     return [
         TracedJob(
             id="",
-            arrival_s=min(snapshot.now, oldest + (newest - oldest) * n / max(1, count - 1)),
+            arrival_s=min(now, oldest + (newest - oldest) * n / max(1, len(sizes) - 1)),
             model=model,
             prompt_tokens=round((lane.prompt_tokens or 0) * size),
             output_tokens=round((lane.output_tokens or 0) * size),
@@ -123,6 +121,12 @@ def _jobs_of(lane: Lane, model: str, bundle: int, snapshot: Snapshot, dice: rand
         )
         for n, size in enumerate(sizes)
     ]
+
+
+def _sizes(count: int, bundle: int, spread: float, dice: random.Random) -> list[float]:
+    """Roll the shares of *count* jobs, played as bundles."""
+    bundles = math.ceil(count / bundle)
+    return [_noise(spread / math.sqrt(bundle), dice) / bundles for _ in range(bundles)]
 
 
 def _coming(snapshot: Snapshot, until: float, dice: random.Random) -> list[TracedJob]:
