@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 
 _HANDBACK_S = 30.0  # a job that was told to stop has this long to leave before its engine is ended anyway
 _STOP_S = 30.0  # for an engine's processes to be gone
+_SURELY_FREED = 0.85  # of weights and KV cache by the plan, whose weights are seldom off by a tenth
 
 
 class Unloader:
@@ -89,7 +90,7 @@ class Unloader:
         parts, placement = self._parts, self._parts.placements[model_id]
         may_take_s = allow_s(parts.limits.attempt_s, weights_of(placement), parts.load_speed())
         parts.engine(model_id).ensure_asleep(model_id, level, timeout_s=may_take_s)
-        freed = placement.memory.weights + placement.memory.kv_cache
+        freed = int(_SURELY_FREED * (placement.memory.weights + placement.memory.kv_cache))
         if lacks := parts.reclaimer.see_asleep(placement, before, freed=freed):
             raise EngineFailed(f"{model_id} fell asleep and kept its memory: {'; '.join(lacks)}")
 
