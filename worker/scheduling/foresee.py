@@ -119,7 +119,7 @@ def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Fores
             last_at = at + work_s * (1 - 1 / group.count) if group.count > 1 else at
             over = max(at - group.due_at, last_at - group.last_due_at)
             if over > 0:
-                late[group.job_class] = max(late[group.job_class], over / group.bound_s)
+                late[group.job_class] = max(late[group.job_class], over / (group.bound_s or 1.0))
             elif not load.ready:
                 slack = min(slack, -over)
             at += work_s

@@ -61,6 +61,7 @@ def test_people_see_figures_and_turns(files: tuple[Path, Path]) -> None:
 def test_the_bound_is_an_option(files: tuple[Path, Path]) -> None:
     """Under a bound of a second, jobs are late."""
     assert json.loads(plan(files, "--json", "--max-wait", "1"))["bound_violations"] > 0
+    assert json.loads(plan(files, "--json", "--max-wait", "0"))["bound_violations"] > 0
     assert json.loads(plan(files, "--json"))["bound_violations"] == 0
 
 
