@@ -18,7 +18,7 @@ SUBMIT_TASK: Final = "shiftworker.submit"
 GENERATE_TASK: Final = "shiftworker.generate"
 SWITCH_TASK: Final = "shiftworker.switch"
 
-# --- Queues (Celery lists) -----------------------------------------------------------------------------
+# --- Queues: lists of Celery, but for those that have a backlog ------------------------------------------
 
 SUBMIT_QUEUE: Final = "shiftworker"  # where producers put jobs; the router reads it
 MODEL_QUEUE_PREFIX: Final = "model."
