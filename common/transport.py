@@ -275,8 +275,11 @@ class Channel(stock.Channel):
             pipe.execute()
 
     def _size(self, queue: str) -> int:
+        in_lists = int(super()._size(queue))
+        if not keys.has_backlog(queue):
+            return in_lists
         with self.conn_or_acquire() as client:
-            return int(super()._size(queue)) + RedisBacklog(client).count(queue)
+            return in_lists + RedisBacklog(client).count(queue)
 
     def close(self) -> None:
         """
