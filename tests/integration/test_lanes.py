@@ -368,6 +368,19 @@ def test_a_job_that_takes_too_long_is_given_up(world: World) -> None:
     assert len(world.engine.asked) == 1
 
 
+def test_a_fault_of_ours_leaves_no_job_on_the_board(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch waits until the board says that nobody is in; the job itself goes the ordinary way."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(RedisSteps, "begin", broken)
+    told = world.start("job")
+    eventually(lambda: told.words == ["ordinary"])
+    assert world.in_flight == 0
+    assert not world.runner.runs("job")
+
+
 def test_a_stream_has_all_its_tokens_before_its_end(world: World) -> None:
     """Whoever follows it sees the reset, the answer, and the end as the last."""
     told = world.start("job", stream=True)

@@ -27,6 +27,7 @@ from worker.engines.base import StopSignal
 logger = get_logger(__name__)
 
 _MOST = 256  # runs in one batch
+_END_S = 10.0  # for the batch under way, when the lane is told to end
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +138,7 @@ class Lane(threading.Thread):
         """Stop after the batch under way; the messages of what was put behind it are given back by the lease."""
         self._ending = True
         self._inbox.put(None)
-        self.join()
+        self.join(timeout=_END_S)  # Redis may be away
 
     def run(self) -> None:
         """Work until `end` is called."""

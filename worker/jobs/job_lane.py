@@ -81,7 +81,13 @@ class JobLane:
         self._end([item for item in items if isinstance(item, _Answer)])
         entered = [job for item in items if isinstance(item, Run) and (job := self._enter(item)) is not None]
         if entered:
-            self._begin(entered)
+            try:
+                self._begin(entered)
+            except Exception:
+                for job in entered:
+                    if job.id not in self._asked:
+                        job.place.close()  # else a switch would wait for it for ever
+                raise
         self._expire(now=time.monotonic())
 
     def _enter(self, run: Run) -> _Job | None:
