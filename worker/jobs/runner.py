@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from common.errors import EngineNotReady, LoadFailed, Refused, ShiftworkerError
 from common.job_store import JobStore
 from common.logs import get_logger
-from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
+from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from worker.catalog.spec import EngineKind
 from worker.engines.base import (
     Call,
