@@ -147,6 +147,13 @@ def test_memory_that_did_not_come_back_is_an_alert() -> None:
     )
 
 
+def test_a_sleep_that_is_not_trusted_any_more_is_an_alert() -> None:
+    """With the model, the level, and what was wrong."""
+    status = look(replace(READY, banned={("b", Level.ASLEEP_2): "b woke from asleep_2 and answers otherwise"}))
+
+    assert status.alerts == ("b is put to sleep no more at level asleep_2: b woke from asleep_2 and answers otherwise",)
+
+
 def test_what_switches_take_is_shown() -> None:
     """For each pair of models, as it was measured."""
     time = SwitchTime(
