@@ -18,6 +18,7 @@ from kombu import Queue
 from kombu.serialization import register
 from kombu.utils import json as kombu_json
 
+from worker.delivery.consumer import Refuse, consumer_with
 from worker.delivery.lane import Lane
 from worker.delivery.lease import Lease
 from worker.delivery.pool import leaving, pool_with, running
@@ -45,6 +46,8 @@ class ConsumerProcess:
         Consumed from the start; a worker's model queues are added while it runs.
     lanes
         By task name: who takes up the plain runs of that task, many at once.
+    refuse
+        Ends a job whose message cannot be read.
     grace_s
         How long running jobs may take after the process was told to stop; then they go back to their queue.
     on_leaving
@@ -59,6 +62,7 @@ class ConsumerProcess:
         lease: Lease,
         concurrency: int,
         grace_s: float,
+        refuse: Refuse,
         own_queues: Sequence[str] = (),
         lanes: Mapping[str, Lane] | None = None,
         steps: Sequence[type[bootsteps.StartStopStep]] = (),
@@ -73,6 +77,7 @@ class ConsumerProcess:
         self._lanes = lanes or {}
         self._on_leaving = on_leaving
         self._hurry = False
+        app.conf.worker_consumer = consumer_with(refuse)
         app.steps["consumer"].update([*steps, calm_events(_EVENTS_EVERY_S)])
 
     def run(self) -> int:

@@ -22,13 +22,13 @@ from redis.exceptions import RedisError
 
 from common import keys
 from common.celery_app import create_app
-from common.errors import EngineMissing, Misconfigured
+from common.errors import EngineMissing, Misconfigured, ShiftworkerError
 from common.fleet import read_alive, read_offers
 from common.logs import get_logger
 from common.may_reach import Allowed
 from common.redis_client import RedisClient, connect, wait_until_there
 from common.redis_job_store import RedisJobStore
-from common.schemas import OfferedModel, utc_now
+from common.schemas import Ledger, OfferedModel, utc_now
 from common.settings import CloudSettings, Settings, WorkerSettings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess, show_in_flower
@@ -53,8 +53,8 @@ from worker.hardware.detect import Detected, open_reader
 from worker.hardware.gpu import Machine
 from worker.jobs.capacities import Capacities
 from worker.jobs.cloud_lane import CloudLane, StandIn
+from worker.jobs.failures import JobLimits, outcome_of
 from worker.jobs.job_lane import JobLane
-from worker.jobs.failures import JobLimits
 from worker.jobs.runner import JobRunner
 from worker.jobs.submit_lane import SubmitLane
 from worker.memory.measured import LoadKey, Measured, Measurement, device_name, engine_name
@@ -252,12 +252,20 @@ def run_router(settings: Settings) -> int:
         lease=_lease(app, settings, owner),
         concurrency=_ROUTER_THREADS,
         lanes={keys.SUBMIT_TASK: SubmitLane(router, steps).lane},
+        refuse=lambda job_id, error: _refuse(app, store, job_id, error),
         grace_s=settings.worker.soft_shutdown_s,
         own_queues=[keys.SUBMIT_QUEUE],
         steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
     )
     with _webhooks(settings):
         return process.run()
+
+
+def _refuse(app: Celery, store: RedisJobStore, job_id: str, error: ShiftworkerError) -> None:
+    """End a job whose message nobody can read: its producer hears of it."""
+    kept = store.finish(outcome_of(error, job_id, Ledger()))
+    if kept.error is not None:
+        app.backend.mark_as_failure(job_id, kept.error.as_exception())
 
 
 def _webhooks(settings: Settings) -> AbstractContextManager[object]:
@@ -405,6 +413,7 @@ class _Worker:
             concurrency=settings.worker.concurrency,
             grace_s=settings.worker.soft_shutdown_s,
             lanes={keys.GENERATE_TASK: JobLane(runner, redis_steps, hostname=name).lane},
+            refuse=lambda job_id, error: _refuse(self._app, store, job_id, error),
             steps=[
                 consumer.step(),
                 control_lane(keys.control_queue(self._name)),
