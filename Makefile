@@ -3,6 +3,7 @@
 # make check   lint, types, import flow, unit tests: under a minute
 # make chaos   hundreds of jobs while everything is killed, paused and cut off, seed after seed: ten minutes
 # make soak    20,000 jobs: does anything grow? ten minutes
+# make audit   known weaknesses of the installed packages; asks the package index
 # make setup   the development environment alone
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ UV := $(VENV)/bin/uv
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH_CPU := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 
-.PHONY: demo test check setup unit gpu-test chaos soak clean
+.PHONY: demo test check setup unit audit gpu-test chaos soak clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/shiftworker demo $(ARGS)
@@ -31,6 +32,9 @@ check: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(VENV)/bin/pytest -q tests/unit $(ARGS)
+
+audit: $(VENV)/.dev
+	$(UV) tool run pip-audit --skip-editable --path "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 gpu-test: setup
 	$(VENV)/bin/pytest -m gpu $(ARGS)
