@@ -298,6 +298,7 @@ def steps_of_a_decision(*, jobs: int) -> int:
     finally:
         sys.settrace(before)
     assert turn.model_id == "m4"
+    assert lines > 100
     return lines
 
 
