@@ -473,12 +473,17 @@ def build_engines(settings: Settings, kinds: set[EngineKind], run_dir: Path) -> 
 
 
 def _vllm(settings: Settings, run_dir: Path) -> Engine:
-    python = find_python(settings.vllm)
-    server = VllmServerEngine(run_dir=run_dir, files_of=resolve_files, python=python)
+    python, media = find_python(settings.vllm), settings.egress.media_domains
+    server = VllmServerEngine(run_dir=run_dir, files_of=resolve_files, python=python, media_domains=media)
     if settings.vllm.channel == "server":
         return server
     return VllmHostEngine(
-        run_dir=run_dir, files_of=resolve_files, python=python, several_cards=server, sleeps=_asleep(settings) > 0
+        run_dir=run_dir,
+        files_of=resolve_files,
+        python=python,
+        several_cards=server,
+        media_domains=media,
+        sleeps=_asleep(settings) > 0,
     )
 
 

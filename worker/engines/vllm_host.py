@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -55,7 +55,7 @@ from worker.engines.may_sleep import may_sleep
 from worker.engines.measure import read_vllm
 from worker.engines.process import EngineProcess, Launch
 from worker.engines.server_engine import END_S, FilesOf
-from worker.engines.vllm_server import command, environment
+from worker.engines.vllm_server import command, environment, media_flags
 from worker.selection.placement import Placement
 from worker.state.residency import Level
 
@@ -90,6 +90,8 @@ class VllmHostEngine:
         Runs what needs more than one card: vLLM then has processes of its own for each.
     cpu_count
         Cores that a model on the CPU may use.
+    media_domains
+        The hosts that engines may fetch images, audio and video from; none = any.
     sleeps
         May models on a card sleep, where vLLM's sleep is known to keep their answers right?
     """
@@ -104,6 +106,7 @@ class VllmHostEngine:
         python: Path,
         several_cards: Engine,
         cpu_count: int | None = None,
+        media_domains: Sequence[str] = (),
         sleeps: bool = False,
     ) -> None:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,6 +114,7 @@ class VllmHostEngine:
         self._files_of = files_of
         self._several_cards = several_cards
         self._cpu_count = cpu_count or os.cpu_count() or 1
+        self._media_domains = media_domains
         self._sleeps = sleeps
         self._engines: dict[str, _HostedEngine] = {}
         self._locks: dict[str, threading.Lock] = {}  # one per model: a start and a stop never interleave
@@ -138,6 +142,7 @@ class VllmHostEngine:
             log = self._run_dir / f"{model_id}.log"
             engine = self._engines[model_id] = _HostedEngine(placement, log=log)
             line = command(placement, python=self._python, model=files, socket=Path())
+            line += media_flags(self._media_domains)
             if self.sleep_levels(placement):
                 line += ["--enable-sleep-mode"]
             level = self.standby

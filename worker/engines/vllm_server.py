@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,19 +34,33 @@ class VllmServerEngine(ServerEngine):
         The interpreter that has vLLM, as `find_python` gives it.
     cpu_count
         Cores that a model on the CPU may use.
+    media_domains
+        The hosts that it may fetch images, audio and video from; none = any.
     """
 
     kind: ClassVar[EngineKind] = EngineKind.VLLM
 
-    def __init__(self, *, run_dir: Path, files_of: FilesOf, python: Path, cpu_count: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        run_dir: Path,
+        files_of: FilesOf,
+        python: Path,
+        cpu_count: int | None = None,
+        media_domains: Sequence[str] = (),
+    ) -> None:
         super().__init__(run_dir=run_dir, files_of=files_of)
         self._python = python
+        self._media_domains = media_domains
         self._cpu_count = cpu_count or os.cpu_count() or 1
 
     def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
         """Say how to start vLLM."""
         return Launch(
-            command=command(placement, python=self._python, model=files, socket=socket),
+            command=[
+                *command(placement, python=self._python, model=files, socket=socket),
+                *media_flags(self._media_domains),
+            ],
             env=environment(os.environ, placement, model=files, cpu_count=self._cpu_count),
         )
 
@@ -96,11 +110,17 @@ def _interface(spec: ModelSpec) -> list[str]:
     return line
 
 
+def media_flags(domains: Sequence[str]) -> list[str]:
+    """Build the flags for where media may come from; none = anywhere."""
+    return ["--allowed-media-domains", *domains] if domains else []
+
+
 def environment(
     environ: Mapping[str, str], placement: Placement, *, model: Path | str, cpu_count: int
 ) -> dict[str, str]:
     """Build vLLM's environment from ours."""
     env = {**engine_environment(environ, gpus=placement.gpus), "VLLM_NO_USAGE_STATS": "1"}
+    env["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # where a job's URL leads was looked at, and not where it leads on
     if isinstance(model, Path):
         env["HF_HUB_OFFLINE"] = "1"  # nothing to fetch, so nothing to ask the hub and to wait for
     if not placement.gpus:
