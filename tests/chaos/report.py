@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common import keys
@@ -37,13 +38,13 @@ class Report:
     seed: int
     jobs: int
     faults: Mapping[str, int]  # what happened -> how often
-    took_s: float  # from the first job to the last outcome
     lost: Sequence[str]  # accepted, and without an outcome
     unanswered: Mapping[str, str]  # ended otherwise -> why
     duplicates: Sequence[str]  # whose outcome was written more than once
     wrong: Sequence[str]  # answered otherwise than in a quiet run
     unlike: Sequence[str]  # whose copy for Celery is not what is on record
     untold: Sequence[str]  # whose stream does not end exactly once, or does not give the answer
+    took_s: float = 0.0  # from the first job to the last outcome
     left: Sequence[str] = ()  # what should be gone: processes, deliveries, messages, shares
     runs: int = 0  # attempts of all jobs together
     taken_back: int = 0  # deliveries that came back from the dead
@@ -61,13 +62,35 @@ class Report:
         named = ("lost", "unanswered", "duplicates", "wrong", "unlike", "untold", "left")
         return "\n".join(
             (
-                f"seed {self.seed}: {self.jobs} jobs, {sum(self.faults.values())} faults in {self.took_s:.0f} s ({hits})",
+                f"seed {self.seed}: {self.jobs} jobs, {sum(self.faults.values())} faults, {self.took_s:.0f} s: {hits}",
                 f"  lost {len(self.lost)}, duplicates {len(self.duplicates)}, wrong answers {len(self.wrong)}",
                 f"  runs beyond the first {self.runs - self.jobs}, deliveries taken back {self.taken_back}",
                 f"  slowest recovery {recovery}, slowest job {self.slowest_job_s:.1f} s",
                 *(f"  {name}: {found}" for name in named if (found := getattr(self, name))),
             )
         )
+
+
+def as_table(reports: Iterable[Report]) -> str:
+    """The runs as a table in Markdown, one line each."""
+    return "\n".join(
+        (
+            "| seed | jobs | faults | lost | duplicates | wrong | runs again | taken back | slowest recovery | time |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+            *(
+                f"| {r.seed} | {r.jobs} | {sum(r.faults.values())} | {len(r.lost)} | {len(r.duplicates)} "
+                f"| {len(r.wrong)} | {r.runs - r.jobs} | {r.taken_back} | {r.slowest_recovery} | {r.took_s:.0f} s |"
+                for r in reports
+            ),
+        )
+    )
+
+
+def write_table(page: Path, table: str) -> None:
+    """Put *table* in place of the one in *page*, between the lines that begin and end it."""
+    before, begin, rest = page.read_text().partition("<!-- make chaos writes this -->\n")
+    _, end, after = rest.partition("<!-- until here -->")
+    page.write_text(f"{before}{begin}{table}\n{end}{after}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +145,41 @@ def slowest_recovery(mended: Iterable[tuple[float, str]], ended: Iterable[float]
     return max((Recovery(seconds=times[i] - at, fault=fault) for i, at, fault in waits if i < len(times)), default=None)
 
 
+def judge(
+    kept: Mapping[str, Kept],
+    *,
+    expected: Sequence[str | None] | None,
+    written: Mapping[str, int],
+    seed: int = 0,
+    faults: Mapping[str, int] = MappingProxyType({}),
+    **figures: Any,
+) -> Report:
+    """
+    Hold what was *kept* of each job, in the order of *expected*, against every promise.
+
+    *written* is how often each outcome was; *expected* may be longer, or None = nobody knows; the *figures* are the
+    report's others.
+    """
+    right = dict(zip(kept, expected, strict=False)) if expected else {}
+    return Report(
+        seed=seed,
+        jobs=len(kept),
+        faults=faults,
+        lost=[i for i, job in kept.items() if job.outcome is None],
+        unanswered={
+            i: str(job.outcome.error)
+            for i, job in kept.items()
+            if job.outcome is not None and job.outcome.state is not JobState.ANSWERED
+        },
+        duplicates=[i for i in kept if written.get(i, 0) > 1],
+        wrong=[i for i, job in kept.items() if right and is_wrong(job, right[i])],
+        unlike=[i for i, job in kept.items() if is_unlike(job)],
+        untold=[i for i, job in kept.items() if is_untold(job)],
+        runs=sum(job.attempts for job in kept.values()),
+        **figures,
+    )
+
+
 def is_wrong(kept: Kept, expected: str | None) -> bool:
     """Is it answered otherwise than expected?"""
     if kept.outcome is None or kept.outcome.state is not JobState.ANSWERED:
@@ -138,8 +196,15 @@ def is_unlike(kept: Kept) -> bool:
 
 
 def is_untold(kept: Kept) -> bool:
-    """Does its stream not end exactly once, last of all, after exactly the answer?"""
+    """
+    Does its stream not end exactly once, last of all, after exactly the answer?
+
+    Where an older attempt was the first to end, the newest one has been cut off in the middle.
+    """
     if kept.stream is None or kept.outcome is None:
         return False
-    kinds = [event["kind"] for event in kept.stream]
-    return kinds.count("end") != 1 or kinds[-1] != "end" or kept.told != kept.outcome.answer
+    kinds, attempts = [event["kind"] for event in kept.stream], [event.get("attempt") for event in kept.stream[:-1]]
+    if kinds.count("end") != 1 or kinds[-1] != "end" or len(set(attempts)) > 1:  # a reset drops what came before it
+        return True
+    answer, newest = kept.outcome.answer or "", attempts == [] or kept.outcome.ledger.attempt == int(attempts[-1])
+    return kept.told != answer if newest else not answer.startswith(kept.told)

@@ -22,15 +22,12 @@ from common import keys
 from common.client import JobClient
 from common.errors import Unavailable
 from common.redis_client import RedisClient, connect
-from common.schemas import JobState
 from tests.chaos.faults import Fault
 from tests.chaos.report import (
     Kept,
     Report,
     count_outcomes,
-    is_unlike,
-    is_untold,
-    is_wrong,
+    judge,
     slowest_recovery,
 )
 from tests.chaos.world import LEASE_S, MODELS, World, texts
@@ -69,7 +66,7 @@ def run_storm(
     Parameters
     ----------
     expected
-        The answers of a quiet run; None = this is one.
+        The answers of a quiet run with these jobs, or more; None = this is one.
     seed
         Of the choice among several engines; shown in the report.
     keep
@@ -111,46 +108,34 @@ def _storm(
     feeder.start()
     mended = _let_happen(world, faults)
     feeder.join(QUIET_S)
-
-    client = connect(world.redis.url)
-    outcomes = [keys.outcome(job_id) for job_id in ids]
-    with contextlib.suppress(AssertionError):  # what did not end is counted as lost
-        eventually(lambda: client.exists(*outcomes) == len(ids), within_s=QUIET_S)
-        eventually(lambda: not _unsettled(client), within_s=SETTLE_S)
-    fallen = [f"{name} has ended" for name in world.fallen()]
-    unsettled = _unsettled(client)
-    world.stop()
-    kept = [_read(world.redis.url, job_id) for job_id in ids]
-    wanted = expected or [None] * len(ids)
-    written = count_outcomes(world.folder / "redis")
-    ended = [job.ended_at for job in kept if job.ended_at is not None]
-    report = Report(
+    left = end_world(world, ids)
+    kept = read_kept(world.redis.url, ids)
+    ended = {job_id: job.ended_at for job_id, job in kept.items() if job.ended_at is not None}
+    report = judge(
+        kept,
+        expected=expected,
+        written=count_outcomes(world.folder / "redis"),
         seed=seed,
-        jobs=len(ids),
         faults=Counter(str(fault) for fault in faults),
-        took_s=max(ended, default=began) - began,
-        lost=[i for i, job in zip(ids, kept, strict=True) if job.outcome is None],
-        unanswered={
-            job.outcome.job_id: str(job.outcome.error)
-            for job in kept
-            if job.outcome is not None and job.outcome.state is not JobState.ANSWERED
-        },
-        duplicates=[i for i in ids if written[i] > 1],
-        wrong=[
-            i for i, job, text in zip(ids, kept, wanted, strict=True) if expected is not None and is_wrong(job, text)
-        ],
-        unlike=[i for i, job in zip(ids, kept, strict=True) if is_unlike(job)],
-        untold=[i for i, job in zip(ids, kept, strict=True) if is_untold(job)],
-        left=[*fallen, *unsettled, *world.left()],
-        runs=sum(job.attempts for job in kept),
+        took_s=max(ended.values(), default=began) - began,
+        left=left,
         taken_back=_taken_back(world.folder),
-        slowest_recovery=slowest_recovery(mended, ended),
-        slowest_job_s=max(
-            (job.ended_at - feeder.sent_at[i] for i, job in zip(ids, kept, strict=True) if job.ended_at), default=0.0
-        ),
+        slowest_recovery=slowest_recovery(mended, ended.values()),
+        slowest_job_s=max((at - feeder.sent_at[job_id] for job_id, at in ended.items()), default=0.0),
     )
-    client.close()
-    return report, [None if job.outcome is None else job.outcome.answer for job in kept]
+    return report, [None if job.outcome is None else job.outcome.answer for job in kept.values()]
+
+
+def end_world(world: World, ids: Sequence[str]) -> list[str]:
+    """Wait until each of *ids* has ended, stop the programs, and give what should be gone and is not."""
+    with contextlib.closing(connect(world.redis.url)) as client:
+        outcomes = [keys.outcome(job_id) for job_id in ids]
+        with contextlib.suppress(AssertionError):  # what did not end is counted as lost
+            eventually(lambda: client.exists(*outcomes) == len(ids), within_s=QUIET_S)
+            eventually(lambda: not _unsettled(client), within_s=SETTLE_S)
+        left = [*(f"{name} has ended" for name in world.fallen()), *_unsettled(client)]
+    world.stop()
+    return [*left, *world.left()]
 
 
 def _let_happen(world: World, faults: Sequence[Fault]) -> list[tuple[float, str]]:
@@ -163,6 +148,7 @@ def _let_happen(world: World, faults: Sequence[Fault]) -> list[tuple[float, str]
             at, _, fault = heapq.heappop(over)
             time.sleep(max(0.0, at - time.time()))
             world.mend(fault)
+            world.note(f"{fault} is over")
             mended.append((time.time(), str(fault)))
 
     for number, fault in enumerate(faults):
@@ -176,6 +162,7 @@ def _let_happen(world: World, faults: Sequence[Fault]) -> list[tuple[float, str]
             assert time.time() < give_up_at, f"no {fault.target} for {STRIKE_S:g} s"
             mend_until(time.time())
             time.sleep(0.05)
+        world.note(str(fault))
         heapq.heappush(over, (time.time() + fault.lasts_s, number, fault))
     mend_until(float("inf"))
     return mended
@@ -223,27 +210,29 @@ def _unsettled(client: RedisClient) -> list[str]:
     return [f"{count} {what}" for what, count in found.items() if count]
 
 
-def _read(url: str, job_id: str) -> Kept:
-    client = JobClient(url)
-    server = connect(url)
-    view, outcome = client.status(job_id), client.result(job_id)
+def read_kept(url: str, ids: Sequence[str]) -> dict[str, Kept]:
+    """What Redis has of each job."""
+    with contextlib.closing(JobClient(url)) as client, contextlib.closing(connect(url)) as server:
+        return {job_id: _read(client, server, job_id) for job_id in ids}
+
+
+def _read(client: JobClient, server: RedisClient, job_id: str) -> Kept:
+    outcome = client.result(job_id)
     copy = server.get(f"{keys.CELERY_RESULT_PREFIX}{job_id}")
     stream = [fields for _, fields in server.xrange(keys.stream(job_id))] or None
     told = ""
     if stream and outcome is not None:
         for event in client.stream(job_id, timeout=1):
             told = "" if event.kind == "reset" else told + (event.text or "")
-    kept = Kept(
+    finished_at = None if outcome is None else outcome.ledger.finished_at
+    return Kept(
         outcome=outcome,
         celery=None if copy is None else json.loads(copy),
-        attempts=view.attempts,
-        ended_at=None if outcome is None or outcome.ledger is None else outcome.ledger.finished_at.timestamp(),
+        attempts=client.status(job_id).attempts,
+        ended_at=None if finished_at is None else finished_at.timestamp(),
         stream=stream,
         told=told,
     )
-    client.close()
-    server.close()
-    return kept
 
 
 def _taken_back(folder: Path) -> int:

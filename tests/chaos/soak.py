@@ -10,9 +10,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -25,16 +26,15 @@ from tests.chaos.world import World, texts
 from tests.waiting import eventually
 
 GROWTH_MAX = 0.05  # of memory, over the last half
-IN_FLIGHT = 300  # jobs that have not ended, at most
-SAMPLE_EVERY_S = 0.5
+IN_FLIGHT = 100  # jobs that have not ended, at most
+PARTS = 20  # after each, everything ends and expires, and memory is looked at
 _END_S = 60.0
 
 _SETTINGS = {
     "WORKER_STUB_ENGINE": "1",
     "STUB_RUN_S": "0.01",
     "STUB_LOAD_S": "0.05",
-    # What is kept for a time must have begun to go before the last half begins.
-    "JOB_RESULT_TTL_S": "5",
+    "JOB_RESULT_TTL_S": "6",  # longer than a job waits here
     "STATUS_STREAM_LENGTH": "20",
 }
 
@@ -56,7 +56,7 @@ class Soak:
     ended: int
     switches: int
     took_s: float
-    samples: dict[str, Sequence[Sample]]  # by process, from the first job to the last
+    samples: dict[str, Sequence[Sample]]  # by process, one after each part
 
     @property
     def whole(self) -> bool:
@@ -91,10 +91,10 @@ def leaks(samples: Sequence[Sample]) -> bool:
 
 
 def _edges(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """The first fifth of the last half, and the last."""
+    """The first third of the last half, and the last."""
     half = samples[len(samples) // 2 :]
-    fifth = max(1, len(half) // 5)
-    return half[:fifth], half[-fifth:]
+    third = max(1, len(half) // 3)
+    return half[:third], half[-third:]
 
 
 def _all(samples: Sequence[Sample], what: str) -> list[int]:
@@ -118,21 +118,17 @@ def run_soak(count: int) -> Soak:
 
 def _soak(world: World, count: int) -> Soak:
     producer, client = JobClient(world.redis.url), connect(world.redis.url)
-    processes = {program.name: psutil.Process(program.process.pid) for program in world.programs.values()}
-    server = psutil.Process(world.redis._process.pid)
-    samples: dict[str, list[Sample]] = {name: [] for name in [*processes, "redis"]}
-    began = sampled_at = time.monotonic()
+    samples: dict[str, list[Sample]] = {}
+    began = time.monotonic()
     ids = set()
-    for body in make_jobs(count):
-        ids.add(producer.submit(body, job_id=str(uuid.uuid4())))
-        if len(ids) % 20 == 0:
-            eventually(lambda: _under_way(client) < IN_FLIGHT, within_s=_END_S, what="jobs end")
-        if time.monotonic() - sampled_at >= SAMPLE_EVERY_S:
-            sampled_at = time.monotonic()
-            for program, process in processes.items():
-                samples[program].append(_sample(process, process.memory_info().rss))
-            samples["redis"].append(_sample(server, client.info("memory")["used_memory"]))
-    eventually(lambda: _under_way(client) == 0, within_s=_END_S, what="the last job ends")
+    for part in _parts(make_jobs(count)):
+        for body in part:
+            ids.add(producer.submit(body, job_id=str(uuid.uuid4())))
+            if len(ids) % 20 == 0:
+                eventually(lambda: _under_way(client) < IN_FLIGHT, within_s=_END_S, what="jobs end")
+        eventually(lambda: not _under_way(client) and not _kept(client), within_s=_END_S, what="all end and expire")
+        for name, sample in _look(world, client).items():
+            samples.setdefault(name, []).append(sample)
     took_s = time.monotonic() - began
     world.stop()
     producer.close()
@@ -141,6 +137,25 @@ def _soak(world: World, count: int) -> Soak:
     ended = {line.split('"job_id": "', 1)[1][:36] for line in lines if '"event": "jobs.ended"' in line}
     switches = sum('"event": "residency.switched"' in line for line in lines)
     return Soak(jobs=count, ended=len(ended & ids), switches=switches, took_s=took_s, samples=samples)
+
+
+def _look(world: World, client: RedisClient) -> dict[str, Sample]:
+    processes = {program.name: psutil.Process(program.process.pid) for program in world.programs.values()}
+    server = psutil.Process(world.redis._process.pid)
+    return {
+        **{name: _sample(process, process.memory_info().rss) for name, process in processes.items()},
+        "redis": _sample(server, client.info("memory")["used_memory"]),
+    }
+
+
+def _parts(jobs: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    size = max(1, len(jobs) // PARTS)
+    return (jobs[i : i + size] for i in range(0, len(jobs), size))
+
+
+def _kept(client: RedisClient) -> bool:
+    """Is anything left of a job that has ended?"""
+    return any(True for prefix in (keys.job, keys.outcome) for _ in client.scan_iter(prefix("*"), count=1000))
 
 
 def _under_way(client: RedisClient) -> int:

@@ -4,34 +4,95 @@ The storm in short, and what it is judged by: a judge that sees nothing would le
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from common import keys
+from common.client import JobClient
 from common.redis_client import connect
 from common.schemas import JobState, Ledger, Outcome
-from tests.chaos.faults import EVERY_KIND, Kind, Target, draw_faults
-from tests.chaos.report import Kept, Recovery, count_outcomes, is_unlike, is_untold, is_wrong, slowest_recovery, writes
-from tests.chaos.run import make_jobs, run_storm
+from tests.chaos.faults import EVERY_KIND, Fault, Kind, Target, draw_faults
+from tests.chaos.report import (
+    Kept,
+    Recovery,
+    count_outcomes,
+    is_unlike,
+    is_untold,
+    is_wrong,
+    judge,
+    slowest_recovery,
+    writes,
+)
+from tests.chaos.run import end_world, make_jobs, read_kept, run_storm
 from tests.chaos.soak import Sample, growth, leaks
-from tests.chaos.world import LEASE_S
+from tests.chaos.world import LEASE_S, World
+from tests.waiting import eventually
 from worker.embedded_redis import EmbeddedRedis
 
 SEED = 20261121
 
 
-@pytest.mark.timeout(400)
-def test_a_short_storm_breaks_no_promise(tmp_path: Path) -> None:
-    """Every kind of fault once among 160 jobs: each has one outcome, the answer of a quiet run, and nothing is left."""
-    jobs = make_jobs(160)
-    quiet, expected = run_storm(jobs, (), keep=tmp_path / "quiet")
+JOBS = make_jobs(160)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[str | None]:
+    """The answers of a quiet run, which breaks no promise itself."""
+    quiet, answers = run_storm(JOBS, ())
     assert quiet.whole, quiet
+    return answers
+
+
+@pytest.fixture
+def running() -> Iterator[World]:
+    """A system at work."""
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        world = World(Path(folder))
+        try:
+            world.start()
+            yield world
+        finally:
+            world.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_short_storm_breaks_no_promise(expected: list[str | None], tmp_path: Path) -> None:
+    """Every kind of fault once among 160 jobs: each has one outcome, the answer of a quiet run, and nothing is left."""
     faults = draw_faults(SEED, len(EVERY_KIND), lease_s=LEASE_S)
-    report, _ = run_storm(jobs, faults, expected=expected, seed=SEED, keep=tmp_path / "storm")
+    report, _ = run_storm(JOBS, faults, expected=expected, seed=SEED, keep=tmp_path / "storm")
     assert report.whole, report
     assert sum(report.faults.values()) == len(EVERY_KIND)
+
+
+@pytest.mark.timeout(300)
+def test_what_a_worker_says_after_a_long_pause_counts_for_nothing(running: World, expected: list[str | None]) -> None:
+    """
+    A worker is paused until its jobs run elsewhere; its late answers, tokens and acknowledgements change nothing.
+
+    They are taken back within two leases, give or take a beat.
+    """
+    pause = Fault(target=Target.WORKER, kind=Kind.PAUSE, after_s=0, lasts_s=0)
+    url = running.redis.url
+    with closing(JobClient(url)) as client, closing(connect(url)) as redis:
+        ids = [client.submit(body) for body in JOBS[:60]]
+
+        def held() -> bool:
+            return any(owner.startswith("one.") for owner in redis.hvals(keys.UNACKED_OWNER))
+
+        eventually(held, within_s=30, what="the worker has jobs")
+        running.strike(pause)
+        eventually(lambda: not held(), within_s=2 * LEASE_S + 2, what="they are taken back")
+        eventually(lambda: any(client.status(i).attempts > 1 for i in ids), within_s=60, what="one runs elsewhere")
+        running.mend(pause)
+        left = end_world(running, ids)
+        kept = read_kept(url, ids)
+        report = judge(kept, expected=expected, written=count_outcomes(running.folder / "redis"), left=left)
+    assert report.whole, report
 
 
 def test_faults_are_drawn_alike_from_the_same_seed() -> None:
@@ -75,18 +136,20 @@ def test_a_command_that_was_cut_off_is_left_out() -> None:
     assert list(writes(whole + whole[:-4])) == [[b"GET", b"a"]]
 
 
-def kept(text: str = "four words are here", *, copy: str | None = None, stream: list[str] | None = None) -> Kept:
-    """A job that was answered with *text*, and what is there beside the record."""
+def kept(text: str = "one", *, copy: str | None = None, stream: str = "", told: str | None = None) -> Kept:
+    """A job whose second attempt answered *text*; *stream* has a letter and the attempt's number for each event."""
+    kinds = {"r": "reset", "c": "chunk", "e": "end"}
     choices = [{"index": 0, "message": {"role": "assistant", "content": text}}]
-    outcome = Outcome(job_id="a", state=JobState.ANSWERED, response={"choices": choices}, ledger=Ledger())
+    outcome = Outcome(job_id="a", state=JobState.ANSWERED, response={"choices": choices}, ledger=Ledger(attempt=2))
     other = outcome.model_copy(update={"response": {"choices": [{"message": {"content": copy}}]}})
     return Kept(
         outcome=outcome,
         celery={"status": "SUCCESS", "result": (other if copy else outcome).result()},
         attempts=1,
         ended_at=1.0,
-        stream=None if stream is None else [{"kind": kind} for kind in stream],
-        told=text,
+        stream=[{"kind": kinds[event[0]], **({"attempt": event[1:]} if event[1:] else {})} for event in stream.split()]
+        or None,
+        told=text if told is None else told,
     )
 
 
@@ -96,9 +159,15 @@ def test_the_judge_sees_what_is_wrong() -> None:
     assert not is_wrong(kept("one"), "one")
     assert is_unlike(kept("one", copy="two"))
     assert not is_unlike(kept("one"))
-    assert not is_untold(kept(stream=["reset", "chunk", "end"]))
-    for events in (["reset", "chunk"], ["chunk", "end", "end"], ["end", "chunk"]):
-        assert is_untold(kept(stream=events))
+
+
+def test_the_judge_reads_the_streams() -> None:
+    """One end, the last event; the tokens of one attempt, which are the answer or, cut off, its beginning."""
+    assert not is_untold(kept(stream="r2 c2 e"))
+    assert not is_untold(kept(stream="r3 c3 e", told="o")), "the second attempt was the first to end"
+    assert not is_untold(kept(stream="e")), "a job that ended before it ran"
+    for events, told in (("r2 c2", "one"), ("c2 e e", "one"), ("e c2", "one"), ("r2 c1 e", "one"), ("r2 c2 e", "on")):
+        assert is_untold(kept(stream=events, told=told)), events
 
 
 def test_a_recovery_lasts_until_the_next_outcome() -> None:
@@ -109,8 +178,8 @@ def test_a_recovery_lasts_until_the_next_outcome() -> None:
 
 
 def samples(sizes: list[int], descriptors: int = 5, more: int = 0) -> list[Sample]:
-    """Samples of these sizes; the last fifth of the last half has *more* descriptors."""
-    late = len(sizes) - len(sizes) // 10
+    """Samples of these sizes; the last third of the last half has *more* descriptors."""
+    late = len(sizes) - len(sizes) // 6
     return [Sample(bytes=s, descriptors=descriptors + more * (i >= late), threads=3) for i, s in enumerate(sizes)]
 
 

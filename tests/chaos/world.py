@@ -18,6 +18,7 @@ import psutil
 
 from common.fleet import read_statuses
 from common.redis_client import connect
+from common.schemas import utc_now
 from tests.chaos import engine
 from tests.chaos.faults import Fault, Kind, Target
 from tests.chaos.proxy import Proxy
@@ -164,6 +165,11 @@ class World:
             for target, program in self.programs.items():
                 if fault.target in {target, Target.ALL} and program.process.poll() is not None:
                     program.start()
+
+    def note(self, what: str) -> None:
+        """Write down what was done to whom, beside the programs' logs."""
+        with (self.folder / "storm.log").open("a") as log:
+            log.write(f"{utc_now():%H:%M:%S.%f} {what}\n")
 
     def fallen(self) -> list[str]:
         """The programs that have ended though nobody killed them, once every fault is mended."""
