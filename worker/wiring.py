@@ -592,6 +592,11 @@ def _run_dir(settings: Settings, leaving: ExitStack) -> Path:
         leaving.enter_context(claim(run_dir))
         return run_dir
     settings.worker.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if settings.worker.run_dir.stat().st_mode & 0o077:
+        raise Misconfigured(
+            f"WORKER_RUN_DIR={settings.worker.run_dir} can be opened by others, and the engines' sockets lie there: "
+            "`chmod 700` it, or name another folder."
+        )
     return settings.worker.run_dir
 
 
