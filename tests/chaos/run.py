@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
+import shutil
 import tempfile
 import threading
 import time
@@ -23,13 +24,7 @@ from common.client import JobClient
 from common.errors import Unavailable
 from common.redis_client import RedisClient, connect
 from tests.chaos.faults import Fault
-from tests.chaos.report import (
-    Kept,
-    Report,
-    count_outcomes,
-    judge,
-    slowest_recovery,
-)
+from tests.chaos.report import Kept, Report, count_outcomes, judge, slowest_recovery
 from tests.chaos.world import LEASE_S, MODELS, World, texts
 from tests.waiting import eventually
 
@@ -76,23 +71,16 @@ def run_storm(
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         world = World(folder, seed=seed)
+        whole = False
         try:
             world.start()
             report, answers = _storm(world, jobs, faults, expected, seed)
-        except BaseException:
-            _keep(folder, keep)
-            raise
+            whole = report.whole
         finally:
             world.close()
-        if not report.whole:
-            _keep(folder, keep)
+            if keep is not None and not whole:
+                shutil.move(folder, keep)
         return report, answers
-
-
-def _keep(folder: Path, keep: Path | None) -> None:
-    if keep is not None:
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(keep)
 
 
 def _storm(
@@ -108,6 +96,7 @@ def _storm(
     feeder.start()
     mended = _let_happen(world, faults)
     feeder.join(QUIET_S)
+    assert not feeder.is_alive(), "the producer does not get rid of its jobs"
     left = end_world(world, ids)
     kept = read_kept(world.redis.url, ids)
     ended = {job_id: job.ended_at for job_id, job in kept.items() if job.ended_at is not None}
