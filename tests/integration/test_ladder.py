@@ -22,8 +22,8 @@ from worker.engines.server_engine import ServerEngine
 from worker.hardware.gpu import Machine
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
-from worker.residency.shrink import shrink
 from worker.residency.parts import SwitchLimits
+from worker.residency.shrink import shrink
 from worker.residency.switcher import Switcher
 from worker.selection.fit_vllm import fit_vllm
 from worker.selection.overrides import Overrides
