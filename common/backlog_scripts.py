@@ -29,7 +29,7 @@ from typing import Final
 
 LIBRARY: Final = """
 local UNIT, BINDING, OVERDUE, USUAL = 2^48, 0, 10, 20
-local AT_ONCE = 1000  -- jobs that change their level in one call; the rest does in the next
+local AT_ONCE = 100  -- jobs that change their level in one call, lest it takes long; the others do in the next
 
 local function lane_of(p) return p.priority .. ':' .. p.tenant end
 
