@@ -81,10 +81,14 @@ def test_what_a_worker_says_after_a_long_pause_counts_for_nothing(running: World
     with closing(JobClient(url)) as client, closing(connect(url)) as redis:
         ids = [client.submit(body) for body in JOBS[:60]]
 
-        def held() -> bool:
-            return any(owner.startswith("one.") for owner in redis.hvals(keys.UNACKED_OWNER))
+        def held() -> set[str]:
+            owners = redis.hgetall(keys.UNACKED_OWNER)
+            return {tag for tag, owner in owners.items() if owner.startswith("one.")}
 
-        eventually(held, within_s=30, what="the worker has jobs")
+        def begun() -> bool:
+            return bool(held() & {redis.hget(keys.job(i), "claim") for i in ids})
+
+        eventually(begun, within_s=30, what="its engine works on some")
         running.strike(pause)
         eventually(lambda: not held(), within_s=2 * LEASE_S + 2, what="they are taken back")
         eventually(lambda: any(client.status(i).attempts > 1 for i in ids), within_s=60, what="one runs elsewhere")
