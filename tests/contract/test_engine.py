@@ -392,7 +392,7 @@ def test_a_request_that_takes_too_long_is_given_up(kit: Kit) -> None:
 
 
 def test_stopped_requests_end_within_a_second_and_free_the_engine(kit: Kit, pool: ThreadPoolExecutor) -> None:
-    """All of the engine's places are taken for long; once these jobs are stopped, the next is served at once."""
+    """All of the engine's places are taken for long; once these jobs are stopped, nobody works on them any more."""
     kit.ready()
     stops = [StopSignal() for _ in range(SLOTS)]
     requests = [pool.submit(kit.ask_long, stop) for stop in stops]
@@ -406,6 +406,7 @@ def test_stopped_requests_end_within_a_second_and_free_the_engine(kit: Kit, pool
         with pytest.raises(JobStopped, match="cancelled"):
             request.result(timeout=1)
     assert time.monotonic() - began < 1
+    eventually(lambda: not kit.working(), within_s=2, what="the engine does nothing")
     assert kit.ask(timeout_s=3).completion_tokens
 
 

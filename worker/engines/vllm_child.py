@@ -291,6 +291,8 @@ class _Requests(asyncio.Protocol):
     async def _answer(self, frame: Frame) -> None:
         path, _, body = frame.body.partition(b"\n")
         answer = await answer_directly(self._app.state, path.decode(), body)
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            return  # vLLM's handlers turn the cancellation into an answer; asked again, they would begin anew
         if answer is not None:
             self.send(Frame(Kind.ANSWER, frame.number, b"%d\n%b" % answer))
             return
