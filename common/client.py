@@ -54,6 +54,8 @@ class JobClient:
             settings = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": redis_url})})
         self._url = settings.redis.url
         self._app = create_app(settings)
+        # A quarter of a submit's time; Flower hears of the job a moment later, from the router.
+        self._app.conf.task_send_sent_event = False
         self._redis = connect(self._url)
         self._store = RedisJobStore(self._redis, ttl_s=settings.job.result_ttl_s)
         self._backlog = RedisBacklog(self._redis)
