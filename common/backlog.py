@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common import backlog_scripts as scripts
 from common import keys
 from common.redis_client import RedisClient
-from common.schemas import JobRequest
+from common.schemas import AUTO, JobRequest
 
 PLACE_HEADER = "shiftworker_place"  # of a message: its Place, but for the priority, which is a property of its own
 
@@ -37,6 +37,7 @@ class Place(BaseModel):
     output_tokens: int | None = Field(default=None, ge=0, le=_MOST_TOKENS, description="the longest answer it allows")
     deadline_at: float | None = Field(default=None, ge=0, lt=_FAR_OFF, description="Unix seconds")
     max_wait_s: float | None = Field(default=None, ge=0, lt=1e9, description="the bound on its waiting")
+    any_model: bool | None = Field(default=None, description="it names no model: another may take it")
 
     @classmethod
     def of(cls, message: Mapping[str, Any], *, now: float, max_wait_s: float | None = None) -> Self:
@@ -67,6 +68,7 @@ class Place(BaseModel):
             prompt_tokens=_prompt_tokens(request),
             output_tokens=min(request.answer_tokens, _MOST_TOKENS) if request.answer_tokens else None,
             deadline_at=min(max(request.deadline.timestamp(), 0), _FAR_OFF - 1) if request.deadline else None,
+            any_model=request.model.casefold() == AUTO or None,
         )
 
     def header(self) -> dict[str, Any]:

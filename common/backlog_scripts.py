@@ -7,7 +7,8 @@ A backlog lies under one prefix (keys.backlog), q below:
     q:places             hash: job id -> its Place and where its message goes (MessagePack)
     q:order              sorted set: the jobs in the order in which they are served
     q:overdue            sorted set: when each has waited for its bound; q:binding: when its deadline binds
-    q:sums               hash: per lane (class and tenant) its jobs, their tokens, and how many do not say ("?")
+    q:sums               hash: per lane its jobs, their tokens, and how many do not say ("?"); a lane is a class, "*" if
+                         its jobs name no model, and a tenant
     q:arrivals:<lane>    sorted set: job id -> when it was queued; q:deadlines:<lane>: -> its deadline
     q:shares:<class>     hash: jobs that wait in the class, its virtual time, and where each tenant's share ends
 
@@ -31,7 +32,7 @@ LIBRARY: Final = """
 local UNIT, BINDING, OVERDUE, USUAL = 2^48, 0, 10, 20
 local AT_ONCE = 100  -- jobs that change their level in one call, lest it takes long; the others do in the next
 
-local function lane_of(p) return p.priority .. ':' .. p.tenant end
+local function lane_of(p) return p.priority .. (p.any_model and '*' or '') .. ':' .. p.tenant end
 
 local function member_of(id, p) return string.format('%016.0f:', p.queued_at * 1e6) .. id end
 

@@ -225,7 +225,8 @@ def test_a_job_describes_its_place_and_keeps_its_time_when_it_is_routed_again() 
     body = {"messages": [{"role": "user", "content": "x" * 40}], "priority": 4, "tenant": "t", "deadline": NOW + 9}
     job = JobRequest.parse(body)
     place = Place.of_job(job, now=NOW)
-    assert place == Place(queued_at=NOW, priority=4, tenant="t", prompt_tokens=10, deadline_at=NOW + 9)
+    assert place == Place(queued_at=NOW, priority=4, tenant="t", prompt_tokens=10, deadline_at=NOW + 9, any_model=True)
+    assert Place.of_job(job.model_copy(update={"model": "small"}), now=NOW).any_model is None
     assert Place.of_job(job, now=NOW + 5, earlier=place.header()[PLACE_HEADER]).queued_at == NOW
     assert Place.of_job(job, now=NOW + 5, earlier={"queued_at": "soon"}).queued_at == NOW + 5
 
@@ -244,7 +245,7 @@ def test_a_job_describes_its_place_and_keeps_its_time_when_it_is_routed_again() 
 def test_every_job_has_a_place(fields: dict[str, Any], says: dict[str, float]) -> None:
     """Whatever its body says, it can be queued: token ids are counted, and what is beyond all measure is cut."""
     assert Place.of_job(JobRequest.parse(fields), now=NOW) == Place.model_validate(
-        {"queued_at": NOW, "priority": 3, **says}
+        {"queued_at": NOW, "priority": 3, "any_model": True, **says}
     )
 
 

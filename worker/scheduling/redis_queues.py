@@ -52,14 +52,15 @@ def _lanes(sums: Sequence[Any], heads: Sequence[Sequence[Any]]) -> Iterator[Lane
         return None if amounts.get(f"{what}? {lane}") else amounts.get(f"{what} {lane}", 0)
 
     for lane, oldest, newest, deadline in sorted(heads, key=lambda head: str(head[0])):
-        priority, _, tenant = lane.partition(":")
+        job_class, _, tenant = lane.partition(":")
         yield Lane(
             count=amounts[f"jobs {lane}"],
             oldest_at=float(oldest),
             newest_at=float(newest),
-            priority=int(priority),
+            priority=int(job_class.removesuffix("*")),
             tenant=tenant,
             prompt_tokens=tokens("prompt_tokens", lane),
             output_tokens=tokens("output_tokens", lane),
             deadline_at=None if deadline is None else float(deadline),
+            any_model=job_class.endswith("*"),
         )

@@ -12,7 +12,7 @@ USUAL_PRIORITY = 3  # of a job that does not say
 
 @dataclass(frozen=True, kw_only=True)
 class Lane:
-    """The jobs of one tenant and one job class (its priority) that wait for one model."""
+    """The jobs of one tenant and one job class (its priority) that wait for one model, and all name it or none does."""
 
     count: int
     oldest_at: float | None = None  # Unix seconds when the first of them was routed; None = unknown
@@ -23,6 +23,7 @@ class Lane:
     output_tokens: int | None = None
     deadline_at: float | None = None  # Unix seconds, the earliest; None = none has one
     max_wait_s: float | None = None  # the bound of this tenant and class; None = the worker's
+    any_model: bool = False  # its jobs name no model: a larger one may take them
 
 
 @dataclass(frozen=True, kw_only=True)
