@@ -9,7 +9,7 @@ from typing import Any
 
 from common.schemas import HardwareStatus, Offer, OfferedModel, WorkerState, utc_now
 from worker.telemetry.redis_status import RedisStatus
-from worker.wiring import _offered
+from worker.wiring.router_process import _offered
 
 
 def test_the_offer_of_a_worker_that_is_gone_takes_no_job_from_a_living_one(redis_client: Any) -> None:

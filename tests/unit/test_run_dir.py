@@ -12,14 +12,14 @@ import pytest
 
 from common.errors import Misconfigured
 from common.settings import Settings
-from worker.wiring import _run_dir
+from worker.wiring.run_dir import open_run_dir
 
 
 def folder(run_dir: Path | None) -> Path:
     settings = Settings.from_env()
     worker = settings.worker.model_copy(update={"run_dir": run_dir})
     with ExitStack() as leaving:
-        found = _run_dir(settings.model_copy(update={"worker": worker}), leaving)
+        found = open_run_dir(settings.model_copy(update={"worker": worker}), leaving)
         assert stat.S_IMODE(found.stat().st_mode) == 0o700
         return found
 

@@ -1,0 +1,275 @@
+"""
+The worker process, built from the settings.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from common import keys
+from common.celery_app import create_app
+from common.errors import Misconfigured
+from common.logs import get_logger
+from common.redis_client import RedisClient
+from common.redis_job_store import RedisJobStore
+from common.schemas import utc_now
+from common.settings import Settings
+from worker.alive import TOUCH_EVERY_S, alive_file
+from worker.app import ConsumerProcess, show_in_flower
+from worker.catalog.hub import fetch_files
+from worker.catalog.weight_files import weight_files
+from worker.delivery.redis_steps import RedisSteps
+from worker.engines.orphans import end_orphans
+from worker.hardware.gpu import Machine
+from worker.jobs.capacities import Capacities
+from worker.jobs.cloud_lane import CloudLane
+from worker.jobs.failures import JobLimits
+from worker.jobs.job_lane import JobLane
+from worker.jobs.runner import JobRunner
+from worker.memory.measured import Measured, Measurement, device_name
+from worker.residency.board import ResidencyBoard
+from worker.residency.check import LoadLimits
+from worker.residency.history import SwitchHistory
+from worker.residency.page_cache import PageCache
+from worker.residency.parts import SwitchLimits
+from worker.residency.switcher import Switcher
+from worker.runtime import Heart, Runtime
+from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, every
+from worker.scheduling.redis_cloud import RedisCloud
+from worker.scheduling.redis_queues import RedisQueues
+from worker.scheduling.redis_reroute import RedisReroute
+from worker.selection.describe import describe_choice
+from worker.selection.placement import Placement
+from worker.tasks import add_generate_task, add_switch_task
+from worker.telemetry.redis_measured import RedisMeasurements
+from worker.telemetry.redis_status import RedisStatus
+from worker.telemetry.redis_switch_times import RedisSwitchTimes
+from worker.wiring.cloud import served_elsewhere, stand_in_of
+from worker.wiring.engines import build_engines, engine_names
+from worker.wiring.here import Survey, survey
+from worker.wiring.parts import lease_of, open_redis, owner_of, process_name, refuse, worker_name
+from worker.wiring.run_dir import open_run_dir
+from worker.world import WorkerWorld
+
+logger = get_logger(__name__)
+
+_SWITCH_EXPIRES_S = 60.0  # a switch task that nobody took by then is worthless: the heart has asked again
+
+
+def run_worker(settings: Settings) -> int:
+    """
+    Run the worker until it is told to stop; returns the exit code.
+
+    Raises
+    ------
+    Misconfigured
+        Nothing can be served here; the message has the reason for every model.
+    """
+    found = survey(settings)
+    for line in found.detected.passed_over:
+        logger.info("hardware.passed_over", reason=line)
+    for line in describe_choice(found.choice):
+        logger.info("selection.choice", line=line)
+    if not found.choice.placements:
+        reasons = "\n  ".join(describe_choice(found.choice)[1:])
+        raise Misconfigured(f"No model can be served here:\n  {reasons}\nName another catalogue in MODELS_FILE.")
+
+    with ExitStack() as leaving:
+        run_dir = open_run_dir(settings, leaving)
+        end_orphans(run_dir)
+        return _Worker(settings, found, run_dir).run()
+
+
+class _Worker:
+    """The parts of one worker process, wired together."""
+
+    def __init__(self, settings: Settings, found: Survey, run_dir: Path) -> None:
+        self._name = worker_name(settings)
+        owner = owner_of(self._name)
+        client, patient = open_redis(settings)
+        self._app = create_app(settings, owner=owner)
+        self._status = RedisStatus(client, ttl_s=settings.status.ttl_s, stream_length=settings.status.stream_length)
+
+        choice = found.choice
+        placements = {placement.model_id: placement for placement in choice.placements}
+        engines = build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
+        board = ResidencyBoard(
+            capacity=found.machine.ram_total_bytes,
+            cards={gpu.index: gpu.total_bytes for gpu in found.machine.gpus},
+            max_residents=settings.switch.max_residents,
+        )
+        reroute = RedisReroute(client)
+        self._page_cache = PageCache(lambda model_id: weight_files(placements[model_id].spec))
+        switch_times = RedisSwitchTimes(client, self._name)
+        history = SwitchHistory(
+            lambda record: self._status.record(self._name, record),
+            times=switch_times.read(),
+            keep_time=switch_times.save,
+        )
+        store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
+        self._stand_in = stand_in_of(settings.cloud)
+        cloud_lane = CloudLane(
+            queues=RedisCloud(client, tuple(placements)),
+            stand_in=self._stand_in,
+            served_elsewhere=lambda: served_elsewhere(client, self._name),
+        )
+        capacities = Capacities(placements, engines, threads=settings.worker.concurrency)
+        runner = JobRunner(
+            worker=self._name,
+            store=store,
+            board=board,
+            placements=placements,
+            engines=engines,
+            limits=JobLimits(timeout_s=settings.job.timeout_s, max_attempts=settings.job.max_attempts),
+            switch_seconds=history.seconds_between,
+            stand_in=self._stand_in,
+        )
+        queues = RedisQueues(client, list(placements), max_wait_s=settings.switch.max_wait_s)
+        self._switcher = Switcher(
+            board=board,
+            placements=placements,
+            engines=engines,
+            machine=found.detected.reader,
+            limits=_switch_limits(settings),
+            fetch=fetch_files,
+            hand_back=runner.hand_back,
+            record=history.add,
+            measured=_both(capacities.loaded, _keeper_of_measurements(client, settings, found.machine)),
+            load_speed=history.load_speed,
+            times=history.times,
+            backlog=queues.backlog,
+            substitutable=reroute.waits,
+            cloud=cloud_lane.waits,
+            epoch=self._status.next_epoch(self._name),
+        )
+        consumer = CeleryConsumer()
+        self._world = WorkerWorld(
+            name=self._name,
+            placements=choice.placements,
+            reader=found.detected.reader,
+            board=board,
+            switcher=self._switcher,
+            history=history,
+            queues=queues,
+            reroute=reroute,
+            page_cache=self._page_cache,
+            consumer=consumer,
+            cloud_lane=cloud_lane,
+            runner=runner,
+            capacities=capacities,
+            threads=settings.worker.concurrency,
+            status=self._status,
+            send_switch=self._send_switch,
+            max_temperature_c=settings.switch.max_temperature_c,
+        )
+        self._heart = Heart(
+            Runtime(
+                self._world,
+                models=placements,
+                starting=choice.starting.model_id if choice.starting else None,
+                max_wait_s=settings.switch.max_wait_s,
+                min_turn_s=settings.switch.min_turn_s,
+                status_every_s=settings.status.interval_s,
+                clock=time.time,
+            )
+        )
+        add_generate_task(self._app, runner, store)
+        add_switch_task(self._app, self._switcher, self._stage_changed)
+        redis_steps = RedisSteps(
+            patient, self._app, owner=owner, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes
+        )
+        name = process_name("worker", settings)
+        self._process = ConsumerProcess(
+            app=self._app,
+            name=name,
+            lease=lease_of(self._app, settings, owner),
+            concurrency=settings.worker.concurrency,
+            grace_s=settings.worker.soft_shutdown_s,
+            lanes={keys.GENERATE_TASK: JobLane(runner, redis_steps, hostname=name).lane},
+            refuse=lambda job_id, error: refuse(self._app, store, job_id, error),
+            steps=[
+                consumer.step(),
+                control_lane(keys.control_queue(self._name)),
+                every(TOUCH_EVERY_S, alive_file("worker").touch),
+                show_in_flower(self._about, [keys.model_queue(model) for model in placements]),
+            ],
+            on_leaving=self._leave,
+        )
+
+    def run(self) -> int:
+        """Beat and consume; at the end: no more turns, jobs end, engines end, goodbye in Redis."""
+        self._heart.start()
+        try:
+            return self._process.run()
+        finally:
+            self._heart.end()
+            self._page_cache.close()
+            self._switcher.close()
+            if self._stand_in is not None:
+                self._stand_in.engine.close()
+            self._status.goodbye(self._name)
+
+    def _leave(self) -> None:
+        """Called from a signal handler: ending the switch under way takes a moment, so on a thread of its own."""
+        self._world.stopping = True
+        threading.Thread(target=self._switcher.abandon, name="abandon-switch", daemon=True).start()
+
+    def _stage_changed(self) -> None:
+        self._heart.wake()
+        self._world.publish_now()
+
+    def _send_switch(self, model_id: str, epoch: int, reason: str) -> None:
+        self._app.send_task(
+            keys.SWITCH_TASK,
+            kwargs={"model": model_id, "epoch": epoch, "reason": reason},
+            queue=keys.control_queue(self._name),
+            expires=_SWITCH_EXPIRES_S,
+            ignore_result=False,
+        )
+
+    def _about(self) -> dict[str, Any]:
+        """What Flower shows of this worker."""
+        status = self._world.publish_now()
+        return {"shiftworker": status.model_dump(mode="json", exclude={"version", "worker"})}
+
+
+def _keeper_of_measurements(
+    client: RedisClient, settings: Settings, machine: Machine
+) -> Callable[[Placement, Measured], None]:
+    """What a load measured goes to Redis, beside what was predicted."""
+    measurements, names = RedisMeasurements(client), engine_names(settings)
+
+    def keep(placement: Placement, measured: Measured) -> None:
+        key = placement.load_key(engine=names[placement.spec.engine], device=device_name(machine, placement.gpus))
+        measurements.save(Measurement(key=key, predicted=placement.memory, measured=measured, at=utc_now()))
+
+    return keep
+
+
+def _both(
+    first: Callable[[Placement, Measured], object], second: Callable[[Placement, Measured], object]
+) -> Callable[[Placement, Measured], None]:
+    """Tell two of a load."""
+
+    def tell(placement: Placement, measured: Measured) -> None:
+        first(placement, measured)
+        second(placement, measured)
+
+    return tell
+
+
+def _switch_limits(settings: Settings) -> SwitchLimits:
+    switch = settings.switch
+    return SwitchLimits(
+        attempt_s=switch.timeout_s,
+        attempts=switch.attempts,
+        drain_s=switch.drain_s,
+        quarantine_s=switch.quarantine_s,
+        asleep=switch.max_asleep,
+        load=LoadLimits(max_temperature_c=switch.max_temperature_c, max_power_share=switch.max_power_share),
+    )
