@@ -1,0 +1,212 @@
+"""
+Carries the requests of one hosted engine over its connection: many at once, whose answers come when they come.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from common.errors import EngineDied, EngineTimeout
+from worker.engines.assemble import complete, join
+from worker.engines.base import Call, Completion, JobStopped, OnAnswer, OnChunk, Read, StopSignal
+from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
+from worker.engines.interpret import completion_of, interpret, read_chunk
+
+_RECEIVE_BYTES = 256 * 1024
+_LAST_EVENT = b"[DONE]"
+
+
+class Link:
+    """
+    One engine's connection, a `Channel`; *on_news* hears, on the reader's thread, what answers no request.
+
+    The last news is ENDED, whether the host has said it or the connection broke.
+    """
+
+    def __init__(self, connection: socket.socket, *, name: str, log: Path, on_news: Callable[[Frame], object]) -> None:
+        self.ended = False
+        self._connection = connection
+        self._name = name
+        self._log = log
+        self._on_news = on_news
+        self._sending = threading.Lock()
+        self._held: list[bytes] | None = None  # what is to be sent in one piece; None = nothing is held back
+        self._numbers = count(1)
+        self._waiting: dict[int, tuple[Future[bytes], _Stream | None]] = {}  # callers, by number
+        self._gone = threading.Event()
+
+    def start(self, order: Order) -> None:
+        """Give the host its *order*, and hear what comes."""
+        self._transmit(Frame(Kind.START, body=order.pack()))
+        threading.Thread(target=self._read, name=f"engine-{self._name}", daemon=True).start()
+
+    def wait_gone(self, timeout_s: float) -> bool:
+        """Wait until the engine has ended; False if *timeout_s* was not enough."""
+        return self._gone.wait(timeout_s)
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._connection.close()
+
+    def tell(self, kind: Kind, body: bytes, *, within_s: float) -> bytes:
+        """Send one frame and wait for its answer; raises TimeoutError or EngineDied."""
+        number, answer = self._send(kind, body)
+        try:
+            return answer.result(within_s)
+        finally:
+            self._waiting.pop(number, None)
+
+    def generate(self, call: Call, stop: StopSignal) -> Completion:
+        """Answer one request; see `Engine`."""
+        answered = Future[Read]()
+        expire = self.ask(call, stop, answered.set_result)
+        try:
+            read = answered.result(call.timeout_s)
+        except TimeoutError:
+            expire()
+            read = answered.result()
+        return read()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Send what is asked within this context in one piece; see `Channel`."""
+        with self._sending:
+            self._held = []
+        try:
+            yield
+        finally:
+            with self._sending:
+                held, self._held = self._held, None
+                self._write(b"".join(held or ()))
+
+    def ask(self, call: Call, stop: StopSignal, done: OnAnswer) -> Callable[[], object]:
+        """Send one request; see `Channel`."""
+        if stop.reason is not None:
+            raise JobStopped(stop.reason)
+        began = time.monotonic()
+        stream = None if call.on_chunk is None else _Stream(call.on_chunk)
+        number, answer = self._send(Kind.ASK, call.path.encode() + b"\n" + json.dumps(call.body).encode(), stream)
+
+        def expire() -> None:
+            with suppress(InvalidStateError):  # it has just been answered
+                answer.set_exception(
+                    EngineTimeout(
+                        f"The engine did not answer within {call.timeout_s:g} s. Ask for fewer tokens, or raise "
+                        "JOB_TIMEOUT_S."
+                    )
+                )
+
+        def settled(_: Future[bytes]) -> None:
+            if self._waiting.pop(number, None) is not None:
+                self._transmit(Frame(Kind.ABORT, number))  # given up, for whatever reason
+            run_s = time.monotonic() - began
+
+            def read() -> Completion:
+                try:
+                    status, _, content = answer.result().partition(b"\n")
+                except CancelledError:
+                    raise JobStopped(stop.reason or "") from None
+                if stream is not None and stream.began:
+                    return completion_of(stream.whole(), run_s=run_s)
+                return interpret(status=int(status), content=content, run_s=run_s)
+
+            done(read)
+
+        answer.add_done_callback(settled)
+        stop.on_stop(answer.cancel)
+        return expire
+
+    def _send(self, kind: Kind, body: bytes, stream: _Stream | None = None) -> tuple[int, Future[bytes]]:
+        number, answer = next(self._numbers), Future[bytes]()
+        self._waiting[number] = answer, stream
+        self._transmit(Frame(kind, number, body))
+        if self.ended:  # looked at after the caller is in its place: either we see the end, or the reader sees us
+            self._settle(number, self._died())
+        return number, answer
+
+    def _transmit(self, frame: Frame) -> None:
+        with self._sending:
+            if self._held is not None:
+                self._held.append(pack(frame))
+            else:
+                self._write(pack(frame))
+
+    def _write(self, data: bytes) -> None:
+        with suppress(OSError):  # broken: the reader sees that too, and tells every caller
+            self._connection.sendall(data)
+
+    def _read(self) -> None:
+        """Hand out what the engine says, until it has ended."""
+        unpacker, code = Unpacker(), b""
+        with suppress(OSError):
+            while not code and (data := self._connection.recv(_RECEIVE_BYTES)):
+                for frame in unpacker.feed(data):
+                    if frame.kind == Kind.ANSWER:
+                        self._settle(frame.number, frame.body)
+                    elif frame.kind == Kind.EVENT:
+                        self._stream(frame)
+                    elif frame.kind == Kind.ENDED:
+                        code = frame.body
+                    else:
+                        self._on_news(frame)
+        self.ended = True
+        self._gone.set()
+        for number in list(self._waiting):
+            self._settle(number, self._died())
+        self._on_news(Frame(Kind.ENDED, body=code))
+
+    def _settle(self, number: int, answer: bytes | Exception) -> None:
+        future, _ = self._waiting.pop(number, (None, None))
+        if future is None:
+            return  # given up meanwhile
+        with suppress(InvalidStateError):  # in this very moment
+            if isinstance(answer, bytes):
+                future.set_result(answer)
+            else:
+                future.set_exception(answer)
+
+    def _stream(self, frame: Frame) -> None:
+        future, stream = self._waiting.get(frame.number, (None, None))
+        if future is None or stream is None:
+            return
+        try:
+            stream.take(frame.body)
+        except Exception as error:  # noqa: BLE001 - it is the caller's: an error of the engine, or of its listener
+            with suppress(InvalidStateError):
+                future.set_exception(error)  # the caller aborts
+
+    def _died(self) -> EngineDied:
+        return EngineDied(f"The engine of {self._name} ended while it worked on the job; its log: {self._log}.")
+
+
+class _Stream:
+    """The chunks of one answer on their way to the one who asked."""
+
+    def __init__(self, on_chunk: OnChunk) -> None:
+        self.began = False
+        self._on_chunk = on_chunk
+        self._joined: dict[str, Any] = {}
+        self._last = b""
+
+    def take(self, event: bytes) -> None:
+        """Hand on one event; raises what it says, if that is an error (see `read_chunk`)."""
+        self.began, self._last = True, event
+        if event != _LAST_EVENT:
+            chunk = read_chunk(event)
+            join(self._joined, chunk)
+            self._on_chunk(chunk)
+
+    def whole(self) -> dict[str, Any]:
+        """Give the whole response; raises EngineDied if the end is missing."""
+        if self._last != _LAST_EVENT:
+            raise EngineDied("The engine's stream ended in the middle of the answer.")
+        return complete(self._joined)
