@@ -22,7 +22,8 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   └── NotEndedYet             the producer's wait is over and the job is not: wait again
     ├── Stopped                 the job was ended on purpose: a retry is the producer's choice
     │   ├── JobCancelled            somebody cancelled it
-    │   └── DeadlineExceeded        its deadline passed
+    │   ├── DeadlineExceeded        its deadline passed
+    │   └── TimeLimitExceeded       it took longer in the engine than it may
     ├── AttemptsExhausted       the engine died under the job too often: set aside
     ├── AnswerDropped           the job was answered, and the answer has made room for newer ones
     ├── InternalError           a fault of ours; the worker's log has the traceback
@@ -145,7 +146,11 @@ class JobCancelled(Stopped):
 
 
 class DeadlineExceeded(Stopped):
-    """The job's deadline or time limit passed."""
+    """The job's deadline passed."""
+
+
+class TimeLimitExceeded(Stopped):
+    """The job took longer in the engine than its own time limit allows; it was stopped there."""
 
 
 class AttemptsExhausted(ShiftworkerError):

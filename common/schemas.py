@@ -7,6 +7,7 @@ A reader ignores fields it does not know, so that old and new programs can share
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
@@ -18,6 +19,7 @@ from pydantic_core import PydanticSerializationError
 from common.errors import InvalidRequest, ShiftworkerError, error_for
 
 AUTO = "auto"
+_LONGEST_RUN_S = 7 * 24 * 3600
 
 
 def utc_now() -> datetime:
@@ -65,6 +67,7 @@ class JobRequest(BaseModel):
     task_type: str | None = Field(default=None, max_length=100)
     priority: int = Field(default=3, ge=0, le=9, description="0 is served first")
     deadline: AwareDatetime | None = Field(default=None, description="ISO 8601 or Unix seconds")
+    time_limit: float | None = Field(default=None, gt=0, le=_LONGEST_RUN_S, description="seconds in the engine")
     latency_sensitive: bool = True
     privacy_required: bool = Field(default=True, description="true: the job never leaves the operator's machines")
     tenant: str = Field(default="default", max_length=100)
@@ -110,6 +113,14 @@ class JobRequest(BaseModel):
             raise ValueError("stream: an embedding is one piece; leave it out")
         return self
 
+    def within(self, time_limits: Iterable[float | None]) -> Self:
+        """Give the same job with the shortest of these time limits, in seconds, and its own; None and 0 are none."""
+        limits = (*time_limits, self.time_limit, _LONGEST_RUN_S)
+        shortest = min(limit for limit in limits if limit and limit > 0)
+        if shortest in {self.time_limit, _LONGEST_RUN_S}:
+            return self
+        return self.model_copy(update={"time_limit": shortest})
+
     @property
     def kind(self) -> BodyKind:
         """Which endpoint the body belongs to."""
@@ -147,8 +158,8 @@ class JobRequest(BaseModel):
         A stream ends with the usage whatever the producer asked for: the ledger needs it.
         """
         ours = {
-            "model", "task_type", "priority", "deadline", "latency_sensitive", "privacy_required", "tenant",
-            "idempotency_key", "webhook", "stream", "stream_options",
+            "model", "task_type", "priority", "deadline", "time_limit", "latency_sensitive", "privacy_required",
+            "tenant", "idempotency_key", "webhook", "stream", "stream_options",
         }  # fmt: skip
         body = self.model_dump(mode="json", exclude_none=True, exclude=ours)
         body |= {"model": served_model, "stream": bool(self.stream)}

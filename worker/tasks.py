@@ -49,7 +49,9 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
             if ended is not None:
                 return settle(task, store.finish(ended, webhook=webhook) if webhook else ended)
             try:
-                request, route = router.route(job_id, body_of(args, fields))
+                # What the producer has limited is the work, and not this task.
+                limits = task.request.timelimit or ()
+                request, route = router.route(job_id, body_of(args, fields), time_limits=limits)
             except EngineNotReady as error:
                 logger.warning("routing.no_offers", detail=error.message)
                 signal_of(job_id).wait(_NO_OFFERS_PAUSE_S)

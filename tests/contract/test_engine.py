@@ -384,11 +384,12 @@ def test_many_requests_at_once_are_all_answered(kit: Kit, pool: ThreadPoolExecut
 
 
 def test_a_request_that_takes_too_long_is_given_up(kit: Kit) -> None:
-    """The job's time limit is kept even if the engine would answer some day."""
+    """The job's time limit is kept even if the engine would answer some day, and the engine stops working on it."""
     kit.ready()
 
     with pytest.raises(EngineTimeout):
         kit.ask(tokens=LENGTH - 100, timeout_s=0.2)
+    eventually(lambda: not kit.working(), within_s=1, what="the engine does nothing")
 
 
 def test_stopped_requests_end_within_a_second_and_free_the_engine(kit: Kit, pool: ThreadPoolExecutor) -> None:
@@ -414,9 +415,9 @@ def test_a_stop_before_the_request_sends_nothing(kit: Kit) -> None:
     """A job that is cancelled while it waits for a thread does not reach the engine's answer."""
     kit.ready()
     stop = StopSignal()
-    stop.stop("deadline")
+    stop.stop("time limit")
 
-    with pytest.raises(JobStopped, match="deadline"):
+    with pytest.raises(JobStopped, match="time limit"):
         kit.ask_long(stop)
 
 

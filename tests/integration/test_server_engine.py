@@ -220,7 +220,7 @@ def test_an_idle_engine_that_dies_is_dead(make: Make) -> None:
     eventually(lambda: engine.state("small") is EngineState.DEAD, within_s=2)
 
 
-@pytest.mark.parametrize("reason", ["cancelled", "deadline", "handback"])
+@pytest.mark.parametrize("reason", ["cancelled", "time limit", "handback"])
 def test_a_request_under_way_is_stopped_from_another_thread(
     make: Make, pool: ThreadPoolExecutor, tmp_path: Path, reason: str
 ) -> None:

@@ -92,7 +92,7 @@ class TaskPool(thread.TaskPool):
         limit_s = soft_timeout or timeout
 
         def run() -> None:
-            timer = threading.Timer(limit_s, signal.stop, args=("deadline",)) if limit_s else None
+            timer = threading.Timer(limit_s, signal.stop, args=("time limit",)) if limit_s else None
             if timer is not None:
                 timer.daemon = True
                 timer.start()

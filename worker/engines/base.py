@@ -99,7 +99,7 @@ class StopSignal:
 
     @property
     def reason(self) -> str | None:
-        """Why the job should stop: "cancelled", "deadline", "handback"; None while it may run."""
+        """Why the job should stop: "cancelled", "time limit", "handback"; None while it may run."""
         return self._reason
 
     def stop(self, reason: str) -> None:

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 
 from common.errors import (
     AttemptsExhausted,
     DeadlineExceeded,
     EngineNotReady,
+    EngineTimeout,
     JobCancelled,
     PromptTooLong,
     ShiftworkerError,
+    TimeLimitExceeded,
     Unavailable,
 )
 from common.job_store import JobStore
@@ -85,6 +88,10 @@ class Failures:
         """What an engine's death or silence means for the job: another attempt, or the end."""
         if request.deadline is not None and utc_now() >= request.deadline:
             return expired(request.deadline, "while the engine worked on it")
+        if isinstance(error, EngineTimeout) and (request.time_limit or inf) <= self._limits.timeout_s:
+            return TimeLimitExceeded(
+                f"The job's time limit, {request.time_limit:g} s in the engine, is over; it was stopped there."
+            )
         faults = self._store.note_fault(job_id)
         logger.warning("jobs.fault", job_id=job_id, faults=faults, error=error.message)
         if faults < self._limits.max_attempts:
@@ -98,8 +105,8 @@ class Failures:
         """What a stop means for the job."""
         if reason == "cancelled":
             return cancelled(job_id)
-        if reason == "deadline":
-            return DeadlineExceeded("The job's time limit passed while the engine worked on it; it was stopped there.")
+        if reason == "time limit":
+            return TimeLimitExceeded("The time limit of the job's task is over; it was stopped in the engine.")
         raise self._handed_back(job_id)
 
     def _too_long(self, job_id: str, ledger: Ledger, error: PromptTooLong) -> PromptTooLong:

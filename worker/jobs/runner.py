@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import inf
 
 from common.errors import EngineNotReady, LoadFailed, Refused, ShiftworkerError
 from common.job_store import JobStore
@@ -191,7 +192,7 @@ class JobRunner:
 
     def call(self, job_id: str, request: JobRequest, route: Route, *, attempt: int, started: datetime) -> Call:
         """Say what to ask of the engine."""
-        timeout_s = self._limits.timeout_s
+        timeout_s = min(self._limits.timeout_s, request.time_limit or inf)
         if request.deadline is not None:
             timeout_s = min(timeout_s, (request.deadline - started).total_seconds())
         return Call(

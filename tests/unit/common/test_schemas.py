@@ -93,12 +93,34 @@ def test_the_engine_gets_openai_s_fields_and_none_of_ours() -> None:
     }  # fmt: skip
     ours = {
         "model": "auto", "task_type": "x", "priority": 0, "deadline": 1893456000, "latency_sensitive": False,
-        "privacy_required": False, "tenant": "t", "idempotency_key": "k", "webhook": "https://example.org",
+        "time_limit": 9.5, "privacy_required": False, "tenant": "t", "idempotency_key": "k", "webhook": "https://example.org",
     }  # fmt: skip
 
     body = JobRequest.parse({**openai, **ours}).engine_body("small")
 
     assert body == {**openai, "model": "small", "stream": False}
+
+
+@pytest.mark.parametrize(
+    ("own", "tasks", "least"),
+    [
+        (None, (), None),
+        (None, (None, None), None),
+        (5, (None, None), 5),
+        (None, (9.0, 7.0), 7.0),  # Celery's: hard, soft
+        (5, (9.0, None), 5),
+        (5, (9.0, 2.0), 2.0),
+        (None, (0, -1.0), None),
+        (None, (1e9, None), None),  # longer than any job may run
+    ],
+)
+def test_the_shortest_time_limit_counts(
+    own: float | None, tasks: tuple[float | None, ...], least: float | None
+) -> None:
+    """The job's own, and those that Celery knows of its task; what is none is left out."""
+    request = JobRequest.parse({**HELLO, "time_limit": own}).within(tasks)
+    assert request.time_limit == least
+    assert JobRequest.parse(request.model_dump(mode="json", exclude_none=True)) == request
 
 
 def test_a_stream_ends_with_the_usage_whatever_was_asked() -> None:

@@ -87,7 +87,7 @@ def test_a_handle_lives_as_long_as_its_job(pool: TaskPool) -> None:
 @pytest.mark.parametrize("limits", [{"timeout": 0.01}, {"soft_timeout": 0.01, "timeout": 60}])
 def test_a_time_limit_stops_the_job(pool: TaskPool, limits: dict[str, float]) -> None:
     """The soft one if there is one, for a thread knows no other."""
-    assert reason_of(pool, "job", lambda _handle: None, **limits) == "deadline"
+    assert reason_of(pool, "job", lambda _handle: None, **limits) == "time limit"
 
 
 def test_the_first_reason_stays(pool: TaskPool) -> None:
@@ -95,7 +95,7 @@ def test_the_first_reason_stays(pool: TaskPool) -> None:
 
     def twice(handle: Handle) -> None:
         handle.terminate()
-        signal_of("job").stop("deadline")
+        signal_of("job").stop("time limit")
 
     assert reason_of(pool, "job", twice) == "cancelled"
 

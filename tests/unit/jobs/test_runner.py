@@ -295,9 +295,26 @@ def test_a_deadline_that_passes_in_the_engine_expires_the_job() -> None:
     assert "passed while the engine worked on it" in error_of(outcome).message
 
 
+def test_a_job_over_its_own_time_limit_fails_by_that_name() -> None:
+    """At its first attempt: it is no fault of the engine, and a second one would take as long."""
+    world = World(run_s=LONG_S)
+    outcome = world.run(time_limit=0.05, deadline=(utc_now() + timedelta(seconds=LONG_S)).isoformat())
+
+    assert (outcome.state, error_of(outcome).kind) == (JobState.FAILED, "TimeLimitExceeded")
+    assert "0.05 s in the engine" in error_of(outcome).message
+    assert world.store.view("job").attempts == 1
+
+
+def test_the_operators_time_limit_stays_a_fault_of_the_engine() -> None:
+    """A longer one of the job does not change it: the job is tried again."""
+    world = World(run_s=LONG_S, limits=JobLimits(timeout_s=0.05, max_attempts=3))
+    with pytest.raises(HandBack):
+        world.run(time_limit=LONG_S)
+
+
 @pytest.mark.parametrize(
     ("reason", "state", "kind"),
-    [("cancelled", JobState.CANCELLED, "JobCancelled"), ("deadline", JobState.EXPIRED, "DeadlineExceeded")],
+    [("cancelled", JobState.CANCELLED, "JobCancelled"), ("time limit", JobState.FAILED, "TimeLimitExceeded")],
 )
 def test_a_running_job_that_is_stopped_ends(reason: str, state: JobState, kind: str) -> None:
     """Aborted in the engine, and stored with the reason."""
@@ -451,7 +468,7 @@ def test_an_engine_that_dies_in_mid_stream_resets_it() -> None:
     assert spoken(world) == outcome.answer
 
 
-@pytest.mark.parametrize("reason", ["cancelled", "deadline"])
+@pytest.mark.parametrize("reason", ["cancelled", "time limit"])
 def test_a_job_stopped_in_mid_stream_ends_it(reason: str) -> None:
     """What was said stays; the end says why there is no more."""
     world, stop = World(run_s=LONG_S), StopSignal()
