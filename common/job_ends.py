@@ -114,20 +114,29 @@ end
 
 # End a job. KEYS begins with `end_keys`, ARGV with `end_args`. Gives the outcome of record if there was one already;
 # then nothing has happened, but that a webhook which nobody knew of falls due: once, however often the end is told.
+# An answer that is not the newest attempt's (a worker came back from a pause, and is the first to end after all) is
+# told anew, for the stream has another one's beginning. Without its words nothing happens, and the script gives "".
 END: Final = (
     _LET_GO
     + _KEEP
     + """
 local function end_job()
-  local id, text, state, ttl, size, max, url = unpack(ARGV, 1, 7)
+  local id, text, state, ttl, size, max, url, attempt, whole = unpack(ARGV, 1, 9)
   local stored = redis.call('GET', KEYS[1])
   local time = redis.call('TIME')
   local now = time[1] + time[2] / 1000000
   if not stored then
+    local found = redis.call('HMGET', KEYS[2], 'stream', 'attempts')
+    local untold = found[1] and state == 'answered' and found[2] ~= attempt
+    if untold and whole == '' then return '' end
     redis.call('SET', KEYS[1], text, 'EX', ttl)
     redis.call('HSET', KEYS[2], 'end', state)
     redis.call('EXPIRE', KEYS[2], ttl)
-    if redis.call('HEXISTS', KEYS[2], 'stream') == 1 then
+    if untold then
+      redis.call('XADD', KEYS[3], 'MAXLEN', 1, '*', 'kind', 'reset', 'attempt', attempt)
+      redis.call('XADD', KEYS[3], '*', 'kind', 'chunk', 'attempt', attempt, 'chunk', whole)
+    end
+    if found[1] then
       redis.call('XADD', KEYS[3], '*', 'kind', 'end', 'state', state)
       redis.call('EXPIRE', KEYS[3], ttl)
     end
@@ -162,9 +171,18 @@ def end_keys(job_id: str) -> list[str]:
     ]  # fmt: skip
 
 
-def end_args(outcome: Outcome, *, ttl_s: int, max_bytes: int | None, webhook: str | None = None) -> list[str | int]:
-    """The arguments that a script with `end_job` begins with; *webhook* is that of a job which was never routed."""
+def end_args(
+    outcome: Outcome, *, ttl_s: int, max_bytes: int | None, webhook: str | None = None, whole: str = ""
+) -> list[str | int]:
+    """
+    The arguments that a script with `end_job` begins with.
+
+    *webhook* is that of a job which was never routed; *whole* the answer as a chunk, for where it must be told anew.
+    """
     plain = outcome.model_dump_json(exclude_none=True)
     text = pack(plain)
     size = len(text.encode()) + len(plain.encode())  # ours, and Celery's copy
-    return [outcome.job_id, text, outcome.state, ttl_s, size, "" if max_bytes is None else max_bytes, webhook or ""]
+    return [
+        outcome.job_id, text, outcome.state, ttl_s, size, "" if max_bytes is None else max_bytes, webhook or "",
+        outcome.ledger.attempt, whole,
+    ]  # fmt: skip

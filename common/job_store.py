@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from common.may_enter import Entry, Held
-from common.schemas import JobState, JobView, Outcome, Route, StreamEvent, utc_now
+from common.retell import retell
+from common.schemas import Fault, JobState, JobView, Outcome, Route, StreamEvent, utc_now
 
 
 class JobStore(Protocol):
@@ -51,18 +52,27 @@ class JobStore(Protocol):
         """
         ...
 
-    def note_handed_back(self, job_id: str) -> None:
-        """The attempt ended without an outcome; the job waits in a queue again, and any message of it may begin it."""
+    def hand_back(self, job_id: str, *, attempt: int) -> bool:
+        """
+        The attempt ended without an outcome; the job waits in a queue again, and any message of it may begin it.
+
+        False: another attempt has begun since (this process was paused, say), and nothing has changed.
+        """
         ...
 
-    def note_fault(self, job_id: str) -> int:
-        """The engine died or hung under the job; give how often by now."""
+    def add_fault(self, job_id: str, fault: Fault) -> tuple[Fault, ...] | None:
+        """
+        Something failed under an attempt of the job; give all its faults by now.
+
+        None: another attempt has begun since, and nothing has changed.
+        """
         ...
 
     def finish(self, outcome: Outcome, *, webhook: str | None = None) -> Outcome:
         """
         Store *outcome* unless there is one; give the outcome of record.
 
+        Whatever attempt it comes from: where the stream has the words of another one, the answer is told anew.
         The job's webhook, or that of a job that was never routed, *webhook*, falls due: once.
         """
         ...
@@ -92,7 +102,6 @@ class MemoryJobStore:
         self._lock = threading.Lock()
         self._views: dict[str, JobView] = {}
         self._claims: dict[str, str] = {}
-        self._faults: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._cancels: set[str] = set()
         self._held: dict[str, Entry] = {}
@@ -146,17 +155,23 @@ class MemoryJobStore:
                 if self._view(job_id).attempts == attempt and job_id not in self._outcomes:
                     self._add(job_id, kind="chunk", attempt=attempt, chunk=dict(chunk))
 
-    def note_handed_back(self, job_id: str) -> None:
+    def hand_back(self, job_id: str, *, attempt: int) -> bool:
         """See JobStore."""
         with self._lock:
+            if self._view(job_id).attempts != attempt:
+                return False
             self._claims.pop(job_id, None)
         self._change(job_id, state=JobState.ROUTED)
+        return True
 
-    def note_fault(self, job_id: str) -> int:
+    def add_fault(self, job_id: str, fault: Fault) -> tuple[Fault, ...] | None:
         """See JobStore."""
         with self._lock:
-            self._faults[job_id] = self._faults.get(job_id, 0) + 1
-            return self._faults[job_id]
+            view = self._view(job_id)
+            if view.attempts != fault.attempt:
+                return None
+            self._views[job_id] = view.model_copy(update={"faults": (*view.faults, fault)})
+            return self._views[job_id].faults
 
     def finish(self, outcome: Outcome, *, webhook: str | None = None) -> Outcome:
         """See JobStore."""
@@ -165,6 +180,11 @@ class MemoryJobStore:
             if (url := (entry and entry.webhook) or webhook) is not None:
                 self.webhooks.setdefault(outcome.job_id, url)
             if outcome.job_id in self._streams and outcome.job_id not in self._outcomes:
+                attempt = outcome.ledger.attempt
+                if outcome.state is JobState.ANSWERED and self._view(outcome.job_id).attempts != attempt:
+                    self._streams[outcome.job_id].clear()
+                    self._add(outcome.job_id, kind="reset", attempt=attempt)
+                    self._add(outcome.job_id, kind="chunk", attempt=attempt, chunk=retell(outcome.response or {}))
                 self._add(outcome.job_id, kind="end", state=outcome.state)
             return self._outcomes.setdefault(outcome.job_id, outcome)
 

@@ -86,8 +86,9 @@ def backlog_messages(queue: str) -> str:
 
 def job(job_id: str) -> str:
     """
-    Hash: state, end (set with the outcome), model, complexity, why, queued_at, attempts, faults, claim (a tag),
-    stream (set if the job streams), webhook (how the call stands: due, delivered, or why it was given up).
+    Hash: state, end (set with the outcome), model, complexity, why, queued_at, attempts, claim (a tag), faults (each a
+    Fault as JSON, on a line of its own), stream (set if the job streams), webhook (how the call stands: due, delivered,
+    or why it was given up).
     """
     return f"{_PREFIX}job:{job_id}"
 

@@ -14,7 +14,8 @@ from common.job_ends import END, HOLD, end_args, end_keys, hold_args
 from common.may_enter import Entry, Held
 from common.outcome_text import read_outcome
 from common.redis_client import RedisClient
-from common.schemas import JobState, JobView, Outcome, Route, utc_now
+from common.retell import retell
+from common.schemas import Fault, JobState, JobView, Outcome, Route, utc_now
 
 # A stream that is longer loses its first events; the writers add 20 in a second, so that is a run of 16 minutes.
 STREAM_LENGTH = 20_000
@@ -40,6 +41,26 @@ _ADD_CHUNK = """
 if redis.call('HGET', KEYS[1], 'attempts') ~= ARGV[1] or redis.call('HEXISTS', KEYS[1], 'end') == 1 then return end
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'kind', 'chunk', 'attempt', ARGV[1], 'chunk', ARGV[2])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
+"""
+
+# KEYS: the job's hash. ARGV: the attempt, lifetime in seconds, the state to set. Returns 1 if it was the newest.
+_HAND_BACK = """
+if redis.call('HGET', KEYS[1], 'attempts') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'state', ARGV[3])
+redis.call('HDEL', KEYS[1], 'claim')
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+
+# KEYS: the job's hash. ARGV: the attempt, lifetime in seconds, the fault as JSON. Returns all of the job's faults, a
+# line for each, or nothing if the attempt is not the newest.
+_ADD_FAULT = """
+if redis.call('HGET', KEYS[1], 'attempts') ~= ARGV[1] then return end
+local faults = redis.call('HGET', KEYS[1], 'faults')
+faults = (faults and faults .. '\\n' or '') .. ARGV[3]
+redis.call('HSET', KEYS[1], 'faults', faults)
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return faults
 """
 
 _FINISH = END + "return end_job()"
@@ -74,6 +95,8 @@ class RedisJobStore:
         self._note_routed = client.register_script(_NOTE_ROUTED)
         self._begin = client.register_script(_BEGIN)
         self._add_chunk = client.register_script(_ADD_CHUNK)
+        self._hand_back = client.register_script(_HAND_BACK)
+        self._add_fault = client.register_script(_ADD_FAULT)
         self._finish = client.register_script(_FINISH)
 
     def note_queued(self, job_id: str) -> None:
@@ -119,21 +142,27 @@ class RedisJobStore:
                 )
             pipe.execute()
 
-    def note_handed_back(self, job_id: str) -> None:
+    def hand_back(self, job_id: str, *, attempt: int) -> bool:
         """See JobStore."""
-        self._change(job_id, state=JobState.ROUTED, claim="")
+        return bool(self._hand_back(keys=[keys.job(job_id)], args=[attempt, self._ttl_s, JobState.ROUTED]))
 
-    def note_fault(self, job_id: str) -> int:
+    def add_fault(self, job_id: str, fault: Fault) -> tuple[Fault, ...] | None:
         """See JobStore."""
-        with self._redis.pipeline() as pipe:
-            pipe.hincrby(keys.job(job_id), "faults", 1)
-            pipe.expire(keys.job(job_id), self._ttl_s)
-            return int(pipe.execute()[0])
+        args = [fault.attempt, self._ttl_s, fault.model_dump_json(exclude_none=True)]
+        found = self._add_fault(keys=[keys.job(job_id)], args=args)
+        return None if found is None else _faults(found)
 
     def finish(self, outcome: Outcome, *, webhook: str | None = None) -> Outcome:
         """See JobStore."""
-        args = end_args(outcome, ttl_s=self._ttl_s, max_bytes=self._max_bytes, webhook=webhook)
-        stored = self._finish(keys=end_keys(outcome.job_id), args=args)
+
+        def end(whole: str = "") -> str | None:
+            args = end_args(outcome, ttl_s=self._ttl_s, max_bytes=self._max_bytes, webhook=webhook, whole=whole)
+            stored: str | None = self._finish(keys=end_keys(outcome.job_id), args=args)
+            return stored
+
+        stored = end()
+        if stored == "":
+            stored = end(json.dumps(retell(outcome.response or {})))
         return outcome if stored is None else read_outcome(stored)
 
     def outcome(self, job_id: str) -> Outcome | None:
@@ -154,6 +183,7 @@ class RedisJobStore:
             queued_at=datetime.fromtimestamp(float(queued_at), UTC) if queued_at else None,
             attempts=int(found.get("attempts", 0)),
             webhook=found.get("webhook"),
+            faults=_faults(found.get("faults", "")),
         )
 
     def ask_cancel(self, job_id: str) -> None:
@@ -171,3 +201,7 @@ class RedisJobStore:
             pipe.hset(keys.job(job_id), mapping=fields)
             pipe.expire(keys.job(job_id), self._ttl_s)
             pipe.execute()
+
+
+def _faults(lines: str) -> tuple[Fault, ...]:
+    return tuple(Fault.model_validate_json(line) for line in lines.splitlines())

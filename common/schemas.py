@@ -300,6 +300,19 @@ class StreamEvent(_Stored):
         return ""
 
 
+class Fault(_Stored):
+    """What failed under one attempt of a job, though another one may be answered."""
+
+    at: AwareDatetime
+    worker: str
+    attempt: int
+    kind: str = Field(description="the error's class")
+    message: str
+    company: int | None = Field(
+        default=None, description="jobs in the engine when it died, this one among them; None = it did not die"
+    )
+
+
 class JobView(_Stored):
     """What is known of a job that may not have ended yet."""
 
@@ -312,6 +325,7 @@ class JobView(_Stored):
     ahead: int | None = Field(default=None, description="waiting jobs of its model that are served before it")
     attempts: int = 0
     webhook: str | None = Field(default=None, description='"due", "delivered", or why it was given up; None = none')
+    faults: tuple[Fault, ...] = Field(default=(), description="what failed under its attempts, the oldest first")
 
 
 # --- What a worker offers ------------------------------------------------------------------------------

@@ -196,15 +196,10 @@ def is_unlike(kept: Kept) -> bool:
 
 
 def is_untold(kept: Kept) -> bool:
-    """
-    Does its stream not end exactly once, last of all, after exactly the answer?
-
-    Where an older attempt was the first to end, the newest one has been cut off in the middle.
-    """
+    """Does its stream not end exactly once, last of all, after exactly the answer?"""
     if kept.stream is None or kept.outcome is None:
         return False
     kinds, attempts = [event["kind"] for event in kept.stream], [event.get("attempt") for event in kept.stream[:-1]]
     if kinds.count("end") != 1 or kinds[-1] != "end" or len(set(attempts)) > 1:  # a reset drops what came before it
         return True
-    answer, newest = kept.outcome.answer or "", attempts == [] or kept.outcome.ledger.attempt == int(attempts[-1])
-    return kept.told != answer if newest else not answer.startswith(kept.told)
+    return kept.outcome.state is JobState.ANSWERED and kept.told != kept.outcome.answer

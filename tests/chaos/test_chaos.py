@@ -166,11 +166,16 @@ def test_the_judge_sees_what_is_wrong() -> None:
 
 
 def test_the_judge_reads_the_streams() -> None:
-    """One end, the last event; the tokens of one attempt, which are the answer or, cut off, its beginning."""
+    """One end, the last event; the tokens of one attempt, which are the answer."""
     assert not is_untold(kept(stream="r2 c2 e"))
-    assert not is_untold(kept(stream="r3 c3 e", told="o")), "the second attempt was the first to end"
-    assert not is_untold(kept(stream="e")), "a job that ended before it ran"
-    for events, told in (("r2 c2", "one"), ("c2 e e", "one"), ("e c2", "one"), ("r2 c1 e", "one"), ("r2 c2 e", "on")):
+    for events, told in (
+        ("e", ""),
+        ("r2 c2", "one"),
+        ("c2 e e", "one"),
+        ("e c2", "one"),
+        ("r2 c1 e", "one"),
+        ("r2 c2 e", "on"),
+    ):
         assert is_untold(kept(stream=events, told=told)), events
 
 

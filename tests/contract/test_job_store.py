@@ -18,7 +18,7 @@ from common.job_store import JobStore, MemoryJobStore
 from common.job_stream import read_stream
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody, JobState, JobView, Ledger, Outcome, Route, StreamEvent, utc_now
+from common.schemas import ErrorBody, Fault, JobState, JobView, Ledger, Outcome, Route, StreamEvent, utc_now
 
 TTL_S = 100.0
 ROUTE = Route(model="small", complexity=0.25, why="simple enough")
@@ -74,9 +74,11 @@ def store(kind: Kind) -> JobStore:
     return kind.store
 
 
-def answered(text: str = "Hi", *, job_id: str = "1") -> Outcome:
+def answered(text: str = "Hi", *, job_id: str = "1", attempt: int = 2) -> Outcome:
     response = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-    return Outcome(job_id=job_id, state=JobState.ANSWERED, response=response, ledger=Ledger(model="small", attempt=2))
+    return Outcome(
+        job_id=job_id, state=JobState.ANSWERED, response=response, ledger=Ledger(model="small", attempt=attempt)
+    )
 
 
 CANCELLED = Outcome(job_id="1", state=JobState.CANCELLED, error=ErrorBody.of(JobCancelled("Job 1 was cancelled.")))
@@ -136,7 +138,7 @@ def test_a_job_is_seen_on_its_way(store: JobStore) -> None:
 
     store.begin("1", delivery="tag")
     assert store.view("1") == routed.model_copy(update={"state": JobState.RUNNING, "attempts": 1})
-    store.note_handed_back("1")
+    assert store.hand_back("1", attempt=1)
     assert store.view("1") == routed.model_copy(update={"attempts": 1})
 
 
@@ -145,10 +147,27 @@ def test_a_job_that_was_handed_back_may_be_begun_by_another_message(kind: Kind) 
     kind.fly("first")
     kind.fly("second")
     kind.store.begin("1", delivery="first")
-    kind.store.note_handed_back("1")
+    assert kind.store.hand_back("1", attempt=1)
 
     assert kind.store.begin("1", delivery="second") == 2
     assert kind.store.begin("1", delivery="first") is None
+
+
+def test_an_attempt_that_is_not_the_newest_changes_nothing(kind: Kind) -> None:
+    """
+    Its process was paused, and its message, under the same tag, has begun elsewhere: it neither ends nor blames that.
+
+    Otherwise a copy could run beside it, and a death of long ago would count against it.
+    """
+    kind.fly("tag")
+    assert [kind.store.begin("1", delivery="tag") for _ in range(2)] == [1, 2]
+    before = kind.store.view("1")
+
+    assert kind.store.hand_back("1", attempt=1) is False
+    assert kind.store.add_fault("1", fault(attempt=1)) is None
+    assert kind.store.view("1") == before
+    kind.fly("copy")
+    assert kind.store.begin("1", delivery="copy") is None
 
 
 def test_the_first_time_it_was_queued_counts(store: JobStore) -> None:
@@ -168,7 +187,7 @@ def test_the_end_of_a_job_is_final(store: JobStore) -> None:
         lambda: store.note_queued("1"),
         lambda: store.note_routed("1", ROUTE),
         lambda: store.begin("1", delivery="tag"),
-        lambda: store.note_handed_back("1"),
+        lambda: store.hand_back("1", attempt=1),
         lambda: store.finish(answered()),
     ):
         note()
@@ -213,10 +232,22 @@ def test_of_many_copies_at_once_one_begins(kind: Kind) -> None:
     assert sorted(begun, key=str) == [1, *[None] * (THREADS - 1)]
 
 
-def test_faults_are_counted_by_job(store: JobStore) -> None:
-    """And are no attempts."""
-    assert [store.note_fault("1"), store.note_fault("1"), store.note_fault("2")] == [1, 2, 1]
-    assert store.view("1").attempts == 0
+def fault(attempt: int = 1, **fields: Any) -> Fault:
+    common = {"at": utc_now(), "worker": "here", "kind": "EngineDied", "message": "gone\nfor good", **fields}
+    return Fault(attempt=attempt, **common)
+
+
+def test_faults_are_kept_by_job(store: JobStore) -> None:
+    """In their order, each as it was told; other jobs have none of them."""
+    for job_id in ("1", "2"):
+        store.begin(job_id, delivery=job_id)
+    first, second = fault(company=7), fault(kind="EngineTimeout")
+
+    assert store.view("1").faults == ()
+    assert store.add_fault("1", first) == (first,)
+    assert store.add_fault("1", second) == (first, second)
+    assert store.view("1").faults == (first, second)
+    assert store.view("2").faults == ()
 
 
 def says(text: str) -> dict[str, Any]:
@@ -237,6 +268,33 @@ def test_a_stream_has_what_the_newest_attempt_says_and_the_end(kind: Kind) -> No
     kind.store.add_chunks({("1", 1): says("a zombie"), ("1", 2): says("Twice")})
     kind.store.finish(answered())
     assert kind.heard() == [("reset", (2, "")), ("chunk", (2, "Twice")), ("end", JobState.ANSWERED)]
+
+
+def test_an_answer_of_an_older_attempt_is_told_whole(kind: Kind) -> None:
+    """It is the outcome, for it came first; whoever follows reads it to its end, and not another one's beginning."""
+    kind.store.note_streams("1")
+    for _ in range(2):
+        kind.store.begin("1", delivery="tag")
+    kind.store.add_chunks({("1", 2): says("A newer one beg")})
+    older = answered("The whole answer", attempt=1)
+
+    assert kind.store.finish(older) == older
+    kind.store.add_chunks({("1", 2): says("ins")})
+    assert kind.store.finish(answered("A newer one begins")) == older
+
+    end = ("end", JobState.ANSWERED)
+    assert kind.heard() == [("reset", (1, "")), ("chunk", (1, "The whole answer")), end]
+
+
+def test_a_failure_of_an_older_attempt_leaves_the_words_of_the_newest(kind: Kind) -> None:
+    """There is nothing to tell in their place; the end says that there is no answer."""
+    kind.store.note_streams("1")
+    for _ in range(2):
+        kind.store.begin("1", delivery="tag")
+    kind.store.add_chunks({("1", 2): says("Once")})
+    kind.store.finish(SET_ASIDE)
+
+    assert kind.heard() == [("reset", (2, "")), ("chunk", (2, "Once")), ("end", JobState.FAILED)]
 
 
 def test_positions_only_grow(kind: Kind) -> None:
@@ -305,8 +363,8 @@ def test_everything_in_redis_is_forgotten_in_time(redis_client: RedisClient) -> 
         lambda: store.note_routed("1", ROUTE),
         lambda: store.begin("1", delivery="tag"),
         lambda: store.add_chunks({("1", 1): says("Once")}),
-        lambda: store.note_handed_back("1"),
-        lambda: store.note_fault("1"),
+        lambda: store.begin("1", delivery="tag") and store.hand_back("1", attempt=store.view("1").attempts),
+        lambda: store.begin("1", delivery="tag") and store.add_fault("1", fault(store.view("1").attempts)),
         lambda: store.ask_cancel("1"),
         lambda: store.finish(answered()),
     ):

@@ -320,7 +320,7 @@ def test_an_engine_that_dies_costs_one_fault_and_the_job_is_handed_back(world: W
         world.run_ordinary(told)
     assert len(world.engine.asked) == 1
     assert world.store.view("job").attempts == 1
-    assert world.client.hget(keys.job("job"), "faults") == "1"
+    assert [fault.attempt for fault in world.store.view("job").faults] == [1]
     assert world.in_flight == 0
 
 
@@ -356,6 +356,52 @@ def test_an_outcome_of_somebody_else_stays(world: World) -> None:
     world.engine.answer()
     assert world.run_ordinary(told).state is JobState.CANCELLED
     assert world.app.AsyncResult("job").state == "STARTED"
+
+
+def test_an_answer_that_comes_after_another_attempt_began_is_told_whole(world: World) -> None:
+    """The process was paused: its answer is the first, and the stream has no word of the attempt that it cut short."""
+    world.engine.answers_at_once = False
+    told = world.start("job", stream=True)
+    eventually(lambda: world.engine.asked)
+    assert world.store.begin("job", delivery=told.run.delivery) == 2
+    world.store.add_chunks({("job", 2): {"choices": [{"index": 0, "delta": {"content": "another begins"}}]}})
+    world.engine.answer()
+    outcome = world.run_ordinary(told)
+
+    assert outcome.ledger.attempt == 1
+    events = list(read_stream(world.client, "job", after=START, timeout_s=5))
+    assert [(event.kind, event.attempt) for event in events] == [("reset", 1), ("chunk", 1), ("end", None)]
+    assert events[1].text == outcome.answer
+    assert len(world.engine.asked) == 1
+
+
+def test_a_death_that_comes_after_another_attempt_began_is_not_its_own(world: World) -> None:
+    """The process was paused: the job runs elsewhere under the same tag, and nothing of that is changed."""
+    world.engine.answers_at_once = False
+    told = world.start("job")
+    eventually(lambda: world.engine.asked)
+    assert world.store.begin("job", delivery=told.run.delivery) == 2
+    world.engine.fail(EngineDied("gone"))
+    with pytest.raises(HandBack):
+        world.run_ordinary(told)
+    view = world.store.view("job")
+    assert (view.state, view.attempts, view.faults) == (JobState.RUNNING, 2, ())
+
+
+def test_a_job_under_which_something_has_failed_goes_the_ordinary_way(world: World) -> None:
+    """Untouched: in which company it may run is decided there."""
+    world.engine.answers_at_once = False
+    told = world.start("job")
+    eventually(lambda: world.engine.asked)
+    world.engine.fail(EngineDied("gone"))
+    with pytest.raises(HandBack):
+        world.run_ordinary(told)
+
+    again = make_run(world.client, "job", BODY, ROUTE.model_dump(mode="json"))
+    world.lane.lane.put(again.run)
+    eventually(lambda: again.words == ["ordinary"])
+    assert world.store.view("job").attempts == 1
+    assert world.in_flight == 0
 
 
 def test_a_job_that_takes_too_long_is_given_up(world: World) -> None:

@@ -15,6 +15,7 @@ from common import JobClient, JobState, NotEndedYet, Outcome, StreamEvent, keys
 from common.errors import InvalidRequest, RedisUnavailable
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
+from common.schemas import Ledger
 from tests.waiting import eventually
 from worker.embedded_redis import EmbeddedRedis
 
@@ -68,7 +69,8 @@ def begin(store: RedisJobStore, job_id: str = "1") -> int:
 
 
 def end(store: RedisJobStore, job_id: str = "1") -> None:
-    store.finish(Outcome(job_id=job_id, state=JobState.ANSWERED, response={"choices": []}))
+    ledger = Ledger(attempt=store.view(job_id).attempts)
+    store.finish(Outcome(job_id=job_id, state=JobState.ANSWERED, response={"choices": []}, ledger=ledger))
 
 
 def text_of(events: list[StreamEvent]) -> str:

@@ -46,10 +46,11 @@ return 1
 
 # KEYS: outcome, cancel mark, job's hash, unacked, the job's stream, Celery's result.
 # ARGV: tag, lifetime in seconds, the state to set, Celery's copy of it, its lifetime.
-# As RedisJobStore.begin. Returns {attempt, queued_at}, or false.
+# As RedisJobStore.begin, for jobs under which nothing has failed yet. Returns {attempt, queued_at}, or false.
 _BEGIN = """
 if redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 then return false end
-local found = redis.call('HMGET', KEYS[3], 'claim', 'queued_at', 'stream')
+local found = redis.call('HMGET', KEYS[3], 'claim', 'queued_at', 'stream', 'faults')
+if found[4] then return false end
 if found[1] and found[1] ~= ARGV[1] and redis.call('HEXISTS', KEYS[4], found[1]) == 1 then return false end
 redis.call('HSET', KEYS[3], 'claim', ARGV[1], 'state', ARGV[3])
 redis.call('EXPIRE', KEYS[3], ARGV[2])
@@ -65,12 +66,12 @@ return {attempt, found[2] or ''}
 
 # KEYS: `end_keys`; unacked, unacked_index, unacked_owner, Celery's result.
 # ARGV: `end_args`; tag, owner, Celery's copy, its lifetime in seconds.
-# Returns 1, or 0 if the job had an outcome already.
+# Returns 1; or 0, and nothing has happened: it had an outcome already, or its answer must be told anew (see END).
 _END = (
     END
     + """
 if end_job() then return 0 end
-local tag, owner, result, ttl = unpack(ARGV, 8)
+local tag, owner, result, ttl = unpack(ARGV, 10)
 redis.call('SETEX', KEYS[13], ttl, result)
 redis.call('PUBLISH', KEYS[13], result)
 if redis.call('HGET', KEYS[12], tag) == owner then
@@ -176,7 +177,7 @@ class RedisSteps:
         }
 
     def end(self, jobs: Sequence[Ended]) -> list[bool]:
-        """Store each job's outcome and acknowledge its message; False where it had one, and nothing has changed."""
+        """Store each job's outcome and acknowledge its message; False where nothing has changed, see _END."""
         done_at = utc_now().isoformat()
         with self._redis.pipeline(transaction=False) as pipe:
             for job in jobs:

@@ -21,7 +21,7 @@ from common.errors import (
 )
 from common.job_store import JobStore
 from common.logs import get_logger
-from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, utc_now
+from common.schemas import ErrorBody, Fault, JobRequest, JobState, Ledger, Outcome, utc_now
 from worker.engines.base import JobStopped, StopSignal
 from worker.residency.board import ResidencyBoard
 
@@ -63,10 +63,17 @@ class Failures:
         self._limits = limits
 
     def end_of(
-        self, job_id: str, request: JobRequest, ledger: Ledger, stop: StopSignal, error: ShiftworkerError | JobStopped
+        self,
+        job_id: str,
+        request: JobRequest,
+        ledger: Ledger,
+        stop: StopSignal,
+        error: ShiftworkerError | JobStopped,
+        *,
+        attempt: int | None,
     ) -> ShiftworkerError:
         """
-        Give the error that the job ends with.
+        Give the error that the job ends with. *attempt* is None if it had not begun.
 
         Raises
         ------
@@ -75,16 +82,16 @@ class Failures:
         """
         if isinstance(error, EngineNotReady):
             stop.wait(NOT_READY_PAUSE_S)
-            raise self._handed_back(job_id) from None
+            raise self._handed_back(job_id, attempt) from None
         if isinstance(error, JobStopped):
-            return self._stopped(job_id, error.reason)
+            return self._stopped(job_id, error.reason, attempt)
         if isinstance(error, Unavailable):
-            return self._fault(job_id, request, error)
+            return self._fault(job_id, request, ledger, error)
         if isinstance(error, PromptTooLong):
             return self._too_long(job_id, ledger, error)
         return error
 
-    def _fault(self, job_id: str, request: JobRequest, error: Unavailable) -> ShiftworkerError:
+    def _fault(self, job_id: str, request: JobRequest, ledger: Ledger, error: Unavailable) -> ShiftworkerError:
         """What an engine's death or silence means for the job: another attempt, or the end."""
         if request.deadline is not None and utc_now() >= request.deadline:
             return expired(request.deadline, "while the engine worked on it")
@@ -92,22 +99,26 @@ class Failures:
             return TimeLimitExceeded(
                 f"The job's time limit, {request.time_limit:g} s in the engine, is over; it was stopped there."
             )
-        faults = self._store.note_fault(job_id)
-        logger.warning("jobs.fault", job_id=job_id, faults=faults, error=error.message)
-        if faults < self._limits.max_attempts:
-            raise self._handed_back(job_id)
+        attempt = ledger.attempt
+        fault = Fault(at=utc_now(), worker=ledger.worker or "", attempt=attempt, kind=error.kind, message=error.message)
+        faults = self._store.add_fault(job_id, fault)
+        if faults is None:
+            raise HandBack
+        logger.warning("jobs.fault", job_id=job_id, faults=len(faults), error=error.message)
+        if len(faults) < self._limits.max_attempts:
+            raise self._handed_back(job_id, attempt)
         return AttemptsExhausted(
-            f"The engine failed under this job {faults} times, the last time with: {error.message} It is not tried "
-            "again; shorten the prompt or max_tokens, or see the worker's log for what the engine said."
+            f"The engine failed under this job {len(faults)} times, the last time with: {error.message} It is not "
+            "tried again; shorten the prompt or max_tokens, or see the worker's log for what the engine said."
         )
 
-    def _stopped(self, job_id: str, reason: str) -> ShiftworkerError:
+    def _stopped(self, job_id: str, reason: str, attempt: int | None) -> ShiftworkerError:
         """What a stop means for the job."""
         if reason == "cancelled":
             return cancelled(job_id)
         if reason == "time limit":
             return TimeLimitExceeded("The time limit of the job's task is over; it was stopped in the engine.")
-        raise self._handed_back(job_id)
+        raise self._handed_back(job_id, attempt)
 
     def _too_long(self, job_id: str, ledger: Ledger, error: PromptTooLong) -> PromptTooLong:
         """
@@ -119,15 +130,16 @@ class Failures:
         if resident is None or resident.max_model_len is None:
             return error
         if ledger.attempt == 1:
-            self._store.note_handed_back(job_id)
-            raise RouteAgain
+            raise RouteAgain if self._store.hand_back(job_id, attempt=1) else HandBack
         return PromptTooLong(
             f"{error.message} For want of memory {resident.model_id} is loaded with {resident.max_model_len:,} tokens "
             "for now, fewer than it was offered with: send the job again later, or name another model."
         )
 
-    def _handed_back(self, job_id: str) -> HandBack:
-        self._store.note_handed_back(job_id)
+    def _handed_back(self, job_id: str, attempt: int | None) -> HandBack:
+        """Let the job be begun again; if that has happened already, this process has nothing to give back."""
+        if attempt is not None:
+            self._store.hand_back(job_id, attempt=attempt)
         return HandBack()
 
 

@@ -145,9 +145,10 @@ class JobLane:
         for answer in answers:
             job = answer.job
             self._asked.pop(job.id, None)
-            job.place.close()
             try:
-                ended.append((answer, self._runner.answered(job.id, job.ledger, answer.read())))
+                with job.place:
+                    completion = answer.read()
+                ended.append((answer, self._runner.answered(job.id, job.ledger, completion)))
             except (ShiftworkerError, JobStopped):
                 self._leave_the_end(answer)
         try:
@@ -172,7 +173,7 @@ class JobLane:
                 logger.info("jobs.ended", job_id=outcome.job_id, state=outcome.state, model_id=outcome.ledger.model)
                 answer.job.run.succeeded(repr(outcome.answer)[:_SHOWN_CHARS])
             else:
-                answer.job.run.ordinary()
+                self._leave_the_end(answer)
 
     def _leave_the_end(self, answer: _Answer) -> None:
         """Have JobRunner end the job, with what its engine gave back."""

@@ -140,6 +140,7 @@ class JobRunner:
             return ended
 
         view = self._store.view(job_id)
+        attempt: int | None = None
         started = utc_now()
         ledger = self.ledger(route, attempt=view.attempts, queued_at=view.queued_at)
 
@@ -164,8 +165,13 @@ class JobRunner:
                 finally:
                     if request.stream:
                         self.tokens.flush()  # before the end is stored: nothing is added to a stream behind it
+        except StaysHere:
+            if attempt is not None and not self._store.hand_back(job_id, attempt=attempt):
+                raise HandBack from None
+            raise
         except (ShiftworkerError, JobStopped) as error:
-            return self._end(job_id, ledger, self._failures.end_of(job_id, request, ledger, stop, error))
+            end = self._failures.end_of(job_id, request, ledger, stop, error, attempt=attempt)
+            return self._end(job_id, ledger, end)
         return self._finish(self.answered(job_id, ledger, completion))
 
     # --- What a lane does step by step: see job_lane.py --------------------------------------------------
@@ -244,7 +250,8 @@ class JobRunner:
         try:
             completion = ran.read()
         except (ShiftworkerError, JobStopped) as error:
-            end = self._failures.end_of(ran.job_id, ran.request, ran.ledger, ran.stop, error)
+            attempt = ran.ledger.attempt
+            end = self._failures.end_of(ran.job_id, ran.request, ran.ledger, ran.stop, error, attempt=attempt)
             return self._end(ran.job_id, ran.ledger, end)
         return self._finish(self.answered(ran.job_id, ran.ledger, completion))
 
@@ -280,7 +287,6 @@ class JobRunner:
 
     def _stays(self, job_id: str, reason: str) -> StaysHere:
         logger.info("jobs.stays_here", job_id=job_id, reason=reason)
-        self._store.note_handed_back(job_id)
         return StaysHere(reason)
 
     @contextmanager
