@@ -152,6 +152,11 @@ def switch_times(worker: str) -> str:
     return f"{_PREFIX}switch-times:{worker}"
 
 
+def sleep_notes(worker: str) -> str:
+    """Hash: [model, level] as JSON -> how it sleeps there on this worker, or why it does no more; a SleepNote."""
+    return f"{_PREFIX}sleep-notes:{worker}"
+
+
 # --- Delivery: shared by the transport and the lease ---------------------------------------------------
 
 

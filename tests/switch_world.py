@@ -20,6 +20,7 @@ from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.parts import SwitchLimits
+from worker.residency.sleep_notes import SleepNotes
 from worker.residency.switcher import Switcher
 from worker.selection.placement import Placement
 from worker.state.backlog import Backlog
@@ -100,10 +101,16 @@ class World:
     wake_s: Mapping[Level, float] | None = None  # None = the engine cannot sleep
     times: tuple[SwitchTime, ...] = ()
     backlog: Backlog = field(default_factory=Backlog)
+    sleeps: SleepNotes = field(default_factory=SleepNotes)  # what earlier starts learned
     waits: Callable[[str], bool] = lambda _model_id: False  # do jobs wait for it that another model may answer?
 
     def __post_init__(self) -> None:
-        self.board = ResidencyBoard(capacity=self.host, cards={0: self.capacity}, max_residents=self.max_residents)
+        self.board = ResidencyBoard(
+            capacity=self.host,
+            cards={0: self.capacity},
+            max_residents=self.max_residents,
+            banned=self.sleeps.banned(),
+        )
         self.engine = TellingEngine(self.deeds, load_s=self.load_s, wake_s=self.wake_s)
         self.switcher = Switcher(
             board=self.board,
@@ -119,6 +126,7 @@ class World:
             times=lambda: self.times,
             backlog=lambda: self.backlog,
             substitutable=self.waits,
+            sleeps=self.sleeps,
             epoch=self.epoch,
             pause=lambda seconds: self.deeds.append(f"pause {seconds:g}"),
         )

@@ -19,8 +19,17 @@ from worker.state.residency import Level, Quarantine, Residency, Resident, Switc
 class ResidencyBoard:
     """What is loaded now, for many threads."""
 
-    def __init__(self, *, capacity: int, max_residents: int, cards: Mapping[int, int] | None = None) -> None:
-        self._residency = Residency(capacity=capacity, cards=cards or {}, max_residents=max_residents)
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        max_residents: int,
+        cards: Mapping[int, int] | None = None,
+        banned: Mapping[tuple[str, Level], str] | None = None,
+    ) -> None:
+        self._residency = Residency(
+            capacity=capacity, cards=cards or {}, max_residents=max_residents, banned=banned or {}
+        )
         self._changed = threading.Condition()
 
     def read(self) -> Residency:

@@ -18,6 +18,7 @@ from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.reclaimer import Reclaimer
+from worker.residency.sleep_notes import SleepNotes
 from worker.residency.verify import Said
 from worker.selection.placement import Placement
 from worker.state.backlog import Backlog
@@ -47,12 +48,11 @@ class Handback(Protocol):
 
 @dataclass(kw_only=True)
 class Learned:
-    """What switches have learned of each model since the worker began."""
+    """What switches have learned of each model: since the worker began, and of its sleep by earlier starts too."""
 
     ran_out: dict[str, int | None] = field(default_factory=dict)  # bytes that were free when its plan ran out of them
     said: dict[str, Said] = field(default_factory=dict)  # its canary's answer after its last start
-    sleep_s: dict[tuple[str, Level], float] = field(default_factory=dict)  # to fall asleep
-    asleep_bytes: dict[tuple[str, Level], int] = field(default_factory=dict)  # of the host, while it sleeps
+    sleeps: SleepNotes = field(default_factory=SleepNotes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,7 @@ class Parts:
         """Never put *model_id* to sleep at *level* again."""
         logger.error("residency.sleeps_no_more", model_id=model_id, asleep=level, reason=reason)
         self.board.ban(model_id, level, reason)
+        self.learned.sleeps.ban(model_id, level, reason)
 
     def count_standby(self) -> None:
         """Put on the board what the processes that stand ready take of the host."""

@@ -122,7 +122,7 @@ class SwitchRun:
         if resident.level is not Level.READY or resident.smaller is not None or not parts.limits.asleep:
             return ()
         placement, engine, times = parts.placements[model_id], parts.engine(model_id), tuple(parts.times())
-        target = self.placement.model_id
+        target, sleeps = self.placement.model_id, parts.learned.sleeps
         levels = [each for each in engine.sleep_levels(placement) if (model_id, each) not in residency.banned]
         back_s = {
             level: seconds
@@ -132,13 +132,11 @@ class SwitchRun:
         ranked = rank_levels(
             levels,
             wake_s=back_s,
-            sleep_s={level: s for (model, level), s in parts.learned.sleep_s.items() if model == model_id},
+            sleep_s=sleeps.seconds(model_id, weights=placement.memory.weights),
             start_s=back_s.get(engine.standby),
         )
-        measured = parts.learned.asleep_bytes
-        return tuple(
-            rest_at(level, resident, placement.memory, host_bytes=measured.get((model_id, level))) for level in ranked
-        )
+        measured = sleeps.host_bytes(model_id, weights=placement.memory.weights)
+        return tuple(rest_at(level, resident, placement.memory, host_bytes=measured.get(level)) for level in ranked)
 
     def _backlog(self) -> Backlog:
         """What waits; nothing, if nobody can say."""

@@ -20,10 +20,11 @@ from worker.engines.base import Engine
 from worker.hardware.gpu import MachineReader
 from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
-from worker.residency.parts import Handback, Parts, SwitchLimits
+from worker.residency.parts import Handback, Learned, Parts, SwitchLimits
 from worker.residency.reclaimer import Reclaimer
 from worker.residency.recover import Failure, Others, Recovery, recover
 from worker.residency.run import SwitchRun
+from worker.residency.sleep_notes import SleepNotes
 from worker.residency.unloader import Unloader
 from worker.selection.placement import Placement
 from worker.state.backlog import Backlog
@@ -55,6 +56,7 @@ class Switcher:
         backlog: Callable[[], Backlog] = Backlog,
         substitutable: Callable[[str], bool] = lambda _model_id: False,
         cloud: Callable[[str], bool] = lambda _model_id: False,
+        sleeps: SleepNotes | None = None,
         epoch: int = 0,
         pause: Callable[[float], object] | None = None,
     ) -> None:
@@ -81,6 +83,7 @@ class Switcher:
             reclaimer=Reclaimer(board=board, machine=machine, leaving=self._leaving, pause=pause),
             leaving=self._leaving,
             pause=pause,
+            learned=Learned(sleeps=sleeps or SleepNotes()),
         )
         self._unloader = Unloader(self._parts)
         self._one_at_a_time = threading.Lock()

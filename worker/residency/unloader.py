@@ -104,8 +104,8 @@ class Unloader:
         least = weights_of(placement) if level is Level.ASLEEP_1 else 0
         host_bytes = min(expected[HOST], max(resident.host_bytes + gone, least))
         on_card = count_bytes(now, parts.reclaimer.pids(model_id)) or expected[resident.gpus[0]]
-        parts.learned.sleep_s[model_id, level] = seconds
-        parts.learned.asleep_bytes[model_id, level] = host_bytes
+        weights = placement.memory.weights
+        parts.learned.sleeps.slept(model_id, level, weights=weights, sleep_s=seconds, host_bytes=host_bytes)
         self._board.put(replace(resident, level=level, bytes=on_card, host_bytes=host_bytes, since=time.time()))
         logger.info("residency.asleep", model_id=model_id, asleep=level, seconds=round(seconds, 3), host=host_bytes)
 

@@ -37,6 +37,7 @@ from worker.residency.check import LoadLimits
 from worker.residency.history import SwitchHistory
 from worker.residency.page_cache import PageCache
 from worker.residency.parts import SwitchLimits
+from worker.residency.sleep_notes import SleepNotes
 from worker.residency.switcher import Switcher
 from worker.runtime import Heart, Runtime
 from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, every
@@ -47,6 +48,7 @@ from worker.selection.describe import describe_choice
 from worker.selection.placement import Placement
 from worker.tasks import add_generate_task, add_switch_task
 from worker.telemetry.redis_measured import RedisMeasurements
+from worker.telemetry.redis_sleep_notes import RedisSleepNotes
 from worker.telemetry.redis_status import RedisStatus
 from worker.telemetry.redis_switch_times import RedisSwitchTimes
 from worker.wiring.cloud import served_elsewhere, stand_in_of
@@ -98,10 +100,13 @@ class _Worker:
         choice = found.choice
         placements = {placement.model_id: placement for placement in choice.placements}
         engines = build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
+        sleep_notes = RedisSleepNotes(client, self._name)
+        sleeps = SleepNotes(sleep_notes.read(), keep=sleep_notes.save)
         board = ResidencyBoard(
             capacity=found.machine.ram_total_bytes,
             cards={gpu.index: gpu.total_bytes for gpu in found.machine.gpus},
             max_residents=settings.switch.max_residents,
+            banned=sleeps.banned(),
         )
         reroute = RedisReroute(client)
         self._page_cache = PageCache(lambda model_id: weight_files(placements[model_id].spec))
@@ -145,6 +150,7 @@ class _Worker:
             backlog=queues.backlog,
             substitutable=reroute.waits,
             cloud=cloud_lane.waits,
+            sleeps=sleeps,
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()

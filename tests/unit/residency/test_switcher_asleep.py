@@ -19,6 +19,7 @@ from worker.catalog.spec import EngineKind
 from worker.engines.base import Completion, EngineState
 from worker.memory.estimate import MemoryEstimate
 from worker.residency import unloader
+from worker.residency.sleep_notes import SleepNote, SleepNotes
 from worker.state.backlog import Backlog, Waiting
 from worker.state.residency import Level
 
@@ -230,6 +231,30 @@ def test_a_model_that_wakes_with_other_tokens_is_started_cold_and_sleeps_so_no_m
 
     world.switch("b")
     assert world.levels == {"a": TWO, "b": Level.READY}
+
+
+def test_what_is_known_of_sleep_outlives_the_worker() -> None:
+    """The next start uses the level no more that was wrong, says why, and plans with the bytes that were measured."""
+    kept: dict[tuple[str, Level], SleepNote] = {}
+
+    def started(*, ram_gib: float = 64) -> Box:
+        notes = SleepNotes(kept.values(), keep=lambda note: kept.update({(note.model_id, note.level): note}))
+        return box(sleeps=notes, ram_gib=ram_gib).with_a_ready()
+
+    world = started()
+    world.switch("b")
+    world.switch("a")
+    wrong = [True]
+    world.engine.canary = lambda completion: other(completion) if wrong and wrong.pop() else completion
+    world.switch("b")
+    assert list(world.residency.banned) == [("b", ONE)]
+
+    again = started(ram_gib=20)  # not room for twice the weights beside the reserve, which an unmeasured sleep asks for
+    assert again.residency.banned == world.residency.banned
+    again.switch("b")
+    assert again.levels == {"a": ONE, "b": Level.READY}
+    again.switch("a")
+    assert again.levels == {"a": Level.READY, "b": TWO}
 
 
 @pytest.mark.parametrize(("error", "banned"), [(LoadFailed("it hangs"), True), (OutOfMemory("full"), False)])
