@@ -243,18 +243,18 @@ def test_what_is_known_of_sleep_outlives_the_worker() -> None:
 
     world = started()
     world.switch("b")
-    world.switch("a")
     wrong = [True]
     world.engine.canary = lambda completion: other(completion) if wrong and wrong.pop() else completion
-    world.switch("b")
-    assert list(world.residency.banned) == [("b", ONE)]
+    world.switch("a")
+    assert world.levels == {"a": Level.READY, "b": ONE}
+    assert list(world.residency.banned) == [("a", ONE)]
 
     again = started(ram_gib=20)  # not room for twice the weights beside the reserve, which an unmeasured sleep asks for
     assert again.residency.banned == world.residency.banned
     again.switch("b")
-    assert again.levels == {"a": ONE, "b": Level.READY}
+    assert again.levels == {"a": TWO, "b": Level.READY}
     again.switch("a")
-    assert again.levels == {"a": Level.READY, "b": TWO}
+    assert again.levels == {"a": Level.READY, "b": ONE}
 
 
 @pytest.mark.parametrize(("error", "banned"), [(LoadFailed("it hangs"), True), (OutOfMemory("full"), False)])
