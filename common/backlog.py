@@ -155,6 +155,16 @@ class RedisBacklog:
         """Send a job to the back of a list of kombu's, as the message *new*; False = its message is no longer *raw*."""
         return bool(self._redis.eval(scripts.MOVE, 3, keys.backlog(queue), to_list, keys.WAKE, job_id, raw, new))
 
+    def take_over(self, job_id: str, raw: str, new: str, *, of: str, by: str, why: str) -> bool:
+        """
+        Move a job of the model *of* to the backlog of the model *by*, behind what its tenant has there.
+
+        Its message becomes *new*; False = it is no longer *raw*. The job's view changes in the same step.
+        """
+        target = keys.model_queue(by)
+        places = keys.backlog(keys.model_queue(of)), keys.backlog(target), keys.WAKE, keys.job(job_id)
+        return bool(self._redis.eval(scripts.TAKE_OVER, 4, *places, job_id, raw, new, target, by, why))
+
     def walk(self, queue: str) -> Iterator[tuple[str, str]]:
         """Give each waiting job's id and message, in the order of now; those that leave meanwhile are left out."""
         job_ids = [member.partition(":")[2] for member in self._redis.zrange(keys.backlog_order(queue), 0, -1)]

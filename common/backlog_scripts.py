@@ -184,6 +184,19 @@ redis.call('XADD', KEYS[3], 'MAXLEN', '8', '*', 'q', '')
 return 1
 """
 
+# KEYS: the backlog, another model's, wake, the job's hash. ARGV: job id, the message it must still have, what becomes
+# of it, its new routing key, its model, why. There it gets a new tag: the two have no virtual time in common.
+# Nothing happens if somebody else took it in between. Returns 1 if it was moved.
+TAKE_OVER: Final = f"""{LIBRARY}
+if redis.call('HGET', KEYS[1] .. ':messages', ARGV[1]) ~= ARGV[2] then return 0 end
+local p = drop(KEYS[1], ARGV[1])
+p.routing_key, p.tag = ARGV[4], nil
+put(KEYS[2], ARGV[1], p, ARGV[3])
+if redis.call('EXISTS', KEYS[4]) == 1 then redis.call('HSET', KEYS[4], 'model', ARGV[5], 'why', ARGV[6]) end
+redis.call('XADD', KEYS[3], 'MAXLEN', '8', '*', 'q', '')
+return 1
+"""
+
 # KEYS: the backlog. ARGV: job id, the message it must still have. Returns 1 if the job waited there.
 REMOVE: Final = f"""{LIBRARY}
 if redis.call('HGET', KEYS[1] .. ':messages', ARGV[1]) ~= ARGV[2] then return 0 end

@@ -133,6 +133,10 @@ def status(worker: str) -> str:
     return f"{_PREFIX}status:{worker}"
 
 
+PACES: Final = f"{_PREFIX}paces"  # hash: [worker, model] as JSON -> what its jobs take there, a ModelPace as JSON
+TURNS: Final = f"{_PREFIX}turns"  # hash: worker -> models it serves or loads, as JSON; "#" -> how often it changed
+FORECASTS: Final = f"{_PREFIX}forecasts"  # hash: model -> when its waiting jobs will end, a Forecast as JSON
+
 STATUS_CHANNEL: Final = f"{_PREFIX}status"  # pub/sub: every HardwareStatus as it is published
 STATUS_STREAM: Final = f"{_PREFIX}status-log"  # capped stream, field "status": the same, to look back
 

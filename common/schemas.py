@@ -209,6 +209,7 @@ class Route(_Stored):
     complexity: float = Field(ge=0, le=1)
     why: str
     cloud: str | None = Field(default=None, description="on its way there: why; None = the model itself answers")
+    instead_of: str | None = Field(default=None, description="the smaller model that it was routed to at first")
     stays: bool = Field(default=False, description="the cloud has refused the body: it waits for the model itself")
 
 
@@ -435,6 +436,56 @@ class SwitchTime(_Stored):
     load_bytes: int | None = Field(description="of weights")
     count: int = Field(description="how many were measured")
     at: AwareDatetime
+
+
+class ModelPace(_Stored):
+    """What a model's jobs take on one worker: means, in which the newest jobs count most."""
+
+    worker: str
+    model: str
+    count: int = Field(description="jobs that were measured, ever")
+    at_once: int = Field(ge=1, description="jobs that run side by side")
+    in_flight: float = Field(ge=0, description="jobs that were in the engine together, those that stood behind too")
+    run_s: float = Field(ge=0, description="of a job among others")
+    deviation_s: float = Field(ge=0, description="how far single jobs are from run_s: the standard deviation")
+    prompt_tokens: float | None = None
+    prefill_s: float | None = None
+    output_tokens: float | None = None
+    decode_s: float | None = None
+    output_share: float | None = Field(default=None, description="of the longest answer that a job allows")
+    at: AwareDatetime
+
+
+class Foreseen(_Stored):
+    """When a job ends that has so many jobs of its model before it: 8 of 10 times between low and high."""
+
+    ahead: int = Field(ge=0)
+    low_s: float = Field(description="after the forecast was made, as all of these")
+    high_s: float
+    switches: int = Field(description="that it waits for, the one under way too")
+
+
+class Forecast(_Stored):
+    """When the jobs that wait for a model will end, as far as a worker can foresee it."""
+
+    model: str
+    worker: str
+    at: AwareDatetime
+    valid_s: float = Field(description="nobody should go by it for longer")
+    serving: bool = Field(description="its jobs are being answered: those before a job leave while time passes")
+    points: tuple[Foreseen, ...] = Field(min_length=1, description="by growing `ahead`, from 0")
+    next_s: float = Field(ge=0, description="later, for each job beyond the last of the points")
+
+
+class Estimate(_Stored):
+    """When a job will have ended."""
+
+    low_s: float = Field(description="from now")
+    high_s: float = Field(description="from now")
+    confidence: float = Field(default=0.8, description="the share of jobs that end between the two")
+    model: str | None = Field(default=None, description="None = the router has not chosen: the range covers its choice")
+    ahead: int | None = Field(default=None, description="waiting jobs of its model that are served before it")
+    switches: int | None = Field(default=None, description="of models that it is likely to wait for")
 
 
 class QueueStatus(_Stored):

@@ -43,6 +43,7 @@ class ModelSpec:
     capabilities: frozenset[str] = frozenset({"chat"})  # chat, tools, vision, thinking, json, embedding
     tool_parser: str | None = None  # vLLM's name for how the model writes tool calls; None = it cannot read them
     reasoning_parser: str | None = None  # vLLM's name for how it marks its thoughts; None = they stay in the answer
+    substitute: bool = True  # may a larger model that is ready take its jobs that name no model?
     trust_remote_code: bool = False
     licence: str | None = None
 

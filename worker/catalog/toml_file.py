@@ -39,6 +39,7 @@ class _Entry(BaseModel):
     capabilities: frozenset[Capability] = frozenset({"chat"})
     tool_parser: _Name | None = None
     reasoning_parser: _Name | None = None
+    substitute: bool = True
     trust_remote_code: bool = False
     licence: str | None = None
     weights_bytes: PositiveInt | None = None

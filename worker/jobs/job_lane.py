@@ -148,7 +148,7 @@ class JobLane:
             try:
                 with job.place:
                     completion = answer.read()
-                ended.append((answer, self._runner.answered(job.id, job.ledger, completion)))
+                ended.append((answer, self._runner.answered(job.id, job.request, job.ledger, completion)))
             except (ShiftworkerError, JobStopped):
                 self._leave_the_end(answer)
         try:

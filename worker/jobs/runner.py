@@ -81,7 +81,7 @@ class JobRunner:
         limits: JobLimits,
         switch_seconds: Callable[[datetime, datetime], float],
         stand_in: StandIn | None = None,
-        on_answer: Callable[[str, Completion], object] = lambda _model_id, _completion: None,
+        on_answer: Callable[[str, JobRequest, Completion], object] = lambda _model, _request, _completion: None,
     ) -> None:
         self._worker = worker
         self._store = store
@@ -172,7 +172,7 @@ class JobRunner:
         except (ShiftworkerError, JobStopped) as error:
             end = self._failures.end_of(job_id, request, ledger, stop, error, attempt=attempt)
             return self._end(job_id, ledger, end)
-        return self._finish(self.answered(job_id, ledger, completion))
+        return self._finish(self.answered(job_id, request, ledger, completion))
 
     # --- What a lane does step by step: see job_lane.py --------------------------------------------------
 
@@ -224,10 +224,10 @@ class JobRunner:
             attempt=attempt, queued_at=queued_at, **waited,
         )  # fmt: skip
 
-    def answered(self, job_id: str, ledger: Ledger, completion: Completion) -> Outcome:
+    def answered(self, job_id: str, request: JobRequest, ledger: Ledger, completion: Completion) -> Outcome:
         """Give the outcome of a job that its engine has just answered; it is not stored yet."""
         if ledger.model is not None and ledger.cloud is None:
-            self._on_answer(ledger.model, completion)
+            self._on_answer(ledger.model, request, completion)
         measured = ledger.model_copy(
             update={
                 "prefill_s": completion.prefill_s,
@@ -253,7 +253,7 @@ class JobRunner:
             attempt = ran.ledger.attempt
             end = self._failures.end_of(ran.job_id, ran.request, ran.ledger, ran.stop, error, attempt=attempt)
             return self._end(ran.job_id, ran.ledger, end)
-        return self._finish(self.answered(ran.job_id, ran.ledger, completion))
+        return self._finish(self.answered(ran.job_id, ran.request, ran.ledger, completion))
 
     @contextmanager
     def _ready_engine(self, job_id: str, request: JobRequest, route: Route) -> Iterator[Engine]:

@@ -78,6 +78,11 @@ def route_job(request: JobRequest, complexity: Complexity, models: Sequence[Offe
     return Route(model=chosen.id, complexity=complexity.value, why=why)
 
 
+def can_take(request: JobRequest, model: OfferedModel) -> bool:
+    """Can *model* do what the body asks for, and hold prompt and answer by a careful estimate?"""
+    return _missing(request, model) is None and _likely_tokens(request) <= model.max_model_len
+
+
 def _meant(name: str, models: Sequence[OfferedModel]) -> list[OfferedModel]:
     """Every model that *name* may mean, in order of the ids: an id before an alias, any case."""
     ordered = sorted(models, key=lambda model: model.id)

@@ -4,18 +4,15 @@ Sends waiting jobs of one model on their way to the cloud endpoint, those that m
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 from common import keys
 from common.backlog import RedisBacklog
-from common.errors import InvalidRequest
 from common.logs import get_logger
 from common.redis_client import RedisClient
 from common.schemas import JobRequest, Route
+from worker.scheduling.rewrite import rewrite
 
 logger = get_logger(__name__)
 
@@ -55,7 +52,7 @@ class RedisCloud:
         home = 0
         queue, cloud = keys.model_queue(model_id), keys.cloud_queue(model_id)
         for job_id, raw in self._backlog.walk(cloud):
-            new = _rewritten(raw, queue, lambda _request, route: route.model_copy(update={"cloud": None}))
+            new = rewrite(raw, lambda _request, route: (route.model_copy(update={"cloud": None}), queue))
             home += self._backlog.move(job_id, raw, new or raw, queue=cloud, to=queue)
         if home:
             logger.info("routing.back_from_cloud", model_id=model_id, jobs=home)
@@ -63,33 +60,12 @@ class RedisCloud:
 
     def _granted(self, model_id: str, grant: Grant) -> Iterator[tuple[str, str, str]]:
         """Each job that may leave: its id, its message, and what that becomes."""
-
-        def leaving(request: JobRequest, route: Route) -> Route | None:
-            why = grant(request, route)
-            return None if why is None else route.model_copy(update={"cloud": why})
-
         cloud = keys.cloud_queue(model_id)
+
+        def leaving(request: JobRequest, route: Route) -> tuple[Route, str] | None:
+            why = grant(request, route)
+            return None if why is None else (route.model_copy(update={"cloud": why}), cloud)
+
         for job_id, raw in self._backlog.walk(keys.model_queue(model_id)):
-            if (new := _rewritten(raw, cloud, leaving)) is not None:
+            if (new := rewrite(raw, leaving)) is not None:
                 yield job_id, raw, new
-
-
-def _rewritten(raw: str, queue: str, change: Callable[[JobRequest, Route], Route | None]) -> str | None:
-    """
-    Write the message of a routed job anew, for *queue* and with the route that *change* gives; None if it gives none.
-
-    Whatever else Celery put into it stays. What is no message of ours is left alone.
-    """
-    try:
-        message: dict[str, Any] = json.loads(raw)
-        (request, route), kwargs, embed = json.loads(base64.b64decode(message["body"]))
-        if message["headers"]["task"] != keys.GENERATE_TASK:
-            return None
-        new = change(JobRequest.parse(request), Route.model_validate(route))
-        message["properties"]["delivery_info"]["routing_key"] = queue
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest):
-        return None
-    if new is None:
-        return None
-    body = json.dumps([[request, new.model_dump(mode="json")], kwargs, embed]).encode()
-    return json.dumps({**message, "body": base64.b64encode(body).decode()})

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from worker.scheduling.pick import Knowledge
+from worker.selection.placement import Placement
 from worker.state.backlog import Backlog, Lane
 from worker.state.pace import Pace
 from worker.state.residency import Residency
@@ -21,48 +23,61 @@ class Substitution:
     reason: str
 
 
+def find_larger(placements: Sequence[Placement]) -> Mapping[str, Sequence[str]]:
+    """Say for each model which others may take its jobs, the next larger first: those that "auto" may choose."""
+    chosen = sorted((p for p in placements if p.auto), key=lambda p: (p.spec.tier, p.model_id))
+    return {
+        small.model_id: tuple(
+            large.model_id
+            for large in chosen
+            if large.spec.tier > small.spec.tier and large.spec.complexity_up_to >= small.spec.complexity_up_to
+        )
+        for small in chosen
+        if small.spec.substitute
+    }
+
+
 def choose_substitute(
     backlog: Backlog,
     residency: Residency,
     larger: Mapping[str, Sequence[str]],
     *,
-    paces: Mapping[str, Pace],
+    known: Knowledge,
     now: float,
 ) -> Substitution:
     """
     Choose at *now* (Unix seconds) whose waiting jobs a larger model takes over; *larger*: model -> who may.
 
-    Only jobs of `model: auto` may be taken; *backlog* should count no others. The questions, in order:
+    Only jobs that name no model may be taken, and no others are counted. The questions, in order:
 
-    1. Which models have jobs and are not ready?         Each of them, the one whose job waits longest first.
+    1. Which models have such jobs, and are not ready    Each of them, the one whose job waits longest first.
+       here or elsewhere? None during a switch.
     2. Is a larger one ready that may take them?         The first in order of *larger*.
     3. Do its jobs and these end sooner with it than     Yes: it takes them, all of them. Unknown: no.
        after a switch, which waits for its own jobs?
     """
+    lanes = {model: _of_any_model(backlog, model) for model in larger} if residency.switching is None else {}
     absent = sorted(
-        (model for model in larger if backlog.count(model) and residency.resident(model) is None),
-        key=lambda model: (at if (at := backlog.oldest_at(model)) is not None else now, model),
+        (m for m in lanes if lanes[m] and not residency.ready(m) and not known.elsewhere.get(m)),
+        key=lambda model: (min(now if lane.oldest_at is None else lane.oldest_at for lane in lanes[model]), model),
     )
     for model in absent:
-        for by in larger[model]:
-            if not residency.ready(by):
-                continue
-            alone_s, with_s = _seconds(backlog, residency, paces, model, by)
-            if alone_s is not None and with_s is not None and with_s < alone_s:
-                reason = f"{by} is ready and takes {with_s:.0f} s for them, a switch and {model} {alone_s:.0f} s"
-                return Substitution(model_id=model, by=by, reason=reason)
-            break
+        by = next((other for other in larger[model] if residency.ready(other)), None)
+        if by is None:
+            continue
+        own_s, with_s = (_work_s(known.paces.get(each), lanes[model]) for each in (model, by))
+        switch_s = residency.switch_s.get(model)
+        if own_s is not None and switch_s is not None and with_s is not None and with_s < switch_s + own_s:
+            alone = f"a switch and {model} {switch_s + own_s:.1f} s"
+            return Substitution(
+                model_id=model, by=by, reason=f"{by} is ready and takes {with_s:.1f} s for them, {alone}"
+            )
     return Substitution(reason="no larger model that is ready ends the jobs of a smaller one sooner")
 
 
-def _seconds(
-    backlog: Backlog, residency: Residency, paces: Mapping[str, Pace], model: str, by: str
-) -> tuple[float | None, float | None]:
-    """Seconds for the jobs of *model* by itself, its switch before them, and with *by*; None = nobody knows."""
-    lanes = backlog.by_model[model].by_class
-    own_s = _work_s(paces.get(model), lanes)
-    switch_s = residency.switch_s.get(model)
-    return (None if own_s is None or switch_s is None else switch_s + own_s), _work_s(paces.get(by), lanes)
+def _of_any_model(backlog: Backlog, model: str) -> tuple[Lane, ...]:
+    waiting = backlog.by_model.get(model)
+    return tuple(lane for lane in waiting.lanes if lane.any_model) if waiting else ()
 
 
 def _work_s(pace: Pace | None, lanes: Sequence[Lane]) -> float | None:

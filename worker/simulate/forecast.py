@@ -1,25 +1,28 @@
 """
-When will a waiting job end? The worker's own decisions are run forward from what is seen now, many times.
+When will the waiting jobs end? The worker's own decisions are run forward from what is seen now, many times.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from worker.simulate.costs import ModelCosts
 from worker.simulate.machine import rank
-from worker.simulate.policies import shiftworker
-from worker.simulate.run import Start, simulate
+from worker.simulate.policies import pace_of, shiftworker
+from worker.simulate.run import Run, Start, simulate
 from worker.simulate.trace import TracedJob
 from worker.state.backlog import Backlog, Lane
 
 _RUNS = 30
-_MOST = 500  # jobs in a run; of more, several are played as one
+_MOST = 250  # jobs in a run; of more, several are played as one
 _PACE_ERROR = 0.05  # how far a measured pace or switch is off for a whole run; of a normal distribution
 _RANGE = 0.1, 0.9
+_SPREAD = 0.5  # of the times of single jobs, where nobody has measured it
+_STEP = 1.4  # from one place in the line that is told to the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,70 +43,124 @@ class Snapshot:
     costs: Mapping[str, ModelCosts]
     max_wait_s: float
     min_turn_s: float
-    ready: str | None = None
-    ready_since: float = 0.0  # Unix seconds
-    target: str | None = None  # of a switch that is asked for, or under way ...
-    target_in_s: float | None = None  # ... seconds it is expected to take on; None = it waits for the jobs in flight
-    in_flight_s: tuple[float, ...] = ()  # seconds that each job in flight is expected to take on
-    started: frozenset[str] = frozenset()  # models that wake instead of being loaded
+    usual_s: Mapping[str, float] = field(default_factory=dict)  # that one job takes among others, by model
+    workers: Sequence[Start] = (Start(),)
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
-    spread: float = 0.5  # of the time of single jobs: standard deviation by mean
+    spread: Mapping[str, float] = field(default_factory=dict)  # of single jobs' times: standard deviation by mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """When a job will have ended: in 8 of 10 cases between the first and the last; Unix seconds."""
+    """When a job will have ended that has *ahead* jobs of its model before it: 8 of 10 times between low and high."""
 
-    low_at: float
+    ahead: int
+    low_at: float  # Unix seconds, as all of these
     middle_at: float
     high_at: float
     switches: int  # that it waits for in the middle case, the one under way too
 
 
-def forecast_finish(snapshot: Snapshot, model_id: str, *, ahead: int) -> Finish | None:
+def forecast_backlog(snapshot: Snapshot) -> Mapping[str, tuple[Finish, ...]]:
     """
-    Say when the job will end that has *ahead* jobs of its own model before it; None if fewer wait.
+    Say of each model when its jobs will end: the first in line, the last, and some between.
 
-    The same snapshot gives the same answer: the dice have a seed.
+    Of a model that nobody waits for, when the next job would if it came now. The same snapshot gives the same answer:
+    the dice have a seed.
     """
-    if ahead >= snapshot.backlog.count(model_id):
-        return None
-    bundle = max(1, math.ceil(sum(w.count for w in snapshot.backlog.by_model.values()) / _MOST))
-    found = sorted(_play(snapshot, model_id, ahead // bundle, bundle, random.Random(run)) for run in range(_RUNS))  # noqa: S311
+    waiting = {model: snapshot.backlog.count(model) for model in snapshot.costs}
+    bundle = max(1, math.ceil(sum(waiting.values()) / _MOST))
+    runs = [_play(snapshot, bundle, random.Random(number)) for number in range(_RUNS)]  # noqa: S311
+    return {
+        model: tuple(_finish(ahead, [run.end_of(model, ahead, count) for run in runs]) for ahead in _told(count))
+        for model, count in waiting.items()
+    }
+
+
+def _told(count: int) -> list[int]:
+    """The places in a line of *count* jobs that are told: close together at its head."""
+    places = {0, max(0, count - 1)}
+    place = 1.0
+    while place < count - 1:
+        places.add(int(place))
+        place = max(place + 1, place * _STEP)
+    return sorted(places)
+
+
+def _finish(ahead: int, found: list[tuple[float, int]]) -> Finish:
+    found.sort()
     low, high = (found[round(share * (_RUNS - 1))][0] for share in _RANGE)
     middle_at, switches = found[_RUNS // 2]
-    return Finish(low_at=low, middle_at=middle_at, high_at=high, switches=switches)
+    return Finish(ahead=ahead, low_at=low, middle_at=middle_at, high_at=high, switches=switches)
 
 
-def _play(snapshot: Snapshot, model_id: str, ahead: int, bundle: int, dice: random.Random) -> tuple[float, int]:
-    """Run it once, with other dice for each job, pace and switch; when the job ends, and the switches until then."""
+@dataclass(frozen=True, kw_only=True)
+class _Played:
+    """One run, and where each job stands in it."""
+
+    run: Run
+    line: Mapping[str, Sequence[int]]  # by model: the jobs that wait now, in their order
+    costs: Mapping[str, ModelCosts]  # of this run
+    one_s: Mapping[str, float]  # a usual job of this run
+    begun: int  # switches under way at its beginning
+    starts: Sequence[Start]
+
+    def end_of(self, model: str, ahead: int, count: int) -> tuple[float, int]:
+        """When the job ends that has *ahead* of *count* before it, and after how many switches."""
+        line = self.line.get(model)
+        if not line:
+            return self._if_it_came(model)
+        place = ahead * len(line) / count
+        job = line[int(place)]
+        start, end = self.run.starts[job], self.run.ends[job]
+        if len(line) < count:  # a bundle: its jobs start one after the other, and each takes its own time
+            start += (place - int(place)) * (end - start)
+            end = start + self.one_s[model]
+        return end, self._switches(start)
+
+    def _switches(self, until: float) -> int:
+        return self.begun + bisect_right(sorted(turn.ready_s for turn in self.run.turns), until)
+
+    def _if_it_came(self, model: str) -> tuple[float, int]:
+        """When a job of a model would end that nobody waits for: the last in line, unless its model is ready."""
+        now = self.starts[0].at_s
+        if here := [start for start in self.starts if model in (start.ready, start.target)]:
+            return min(start.target_at_s or now for start in here) + self.one_s[model], self.begun
+        busy = sorted(max(self.run.ends[job] for job in line) for line in self.line.values() if line)
+        busy += sorted(max(start.ends_s, default=now) for start in self.starts)[: max(0, len(self.starts) - len(busy))]
+        free_at = max(now, max(busy) if len(self.starts) == 1 else min(busy))
+        return free_at + self.costs[model].load_s + self.one_s[model], self._switches(free_at) + 1
+
+
+def _play(snapshot: Snapshot, bundle: int, dice: random.Random) -> _Played:
+    """Run it once, with other dice for each job, pace and switch."""
+    usual = _coarse(snapshot) if bundle > 1 else snapshot.costs
+    spread = {model: snapshot.spread.get(model, _SPREAD) for model in usual}
     jobs = [
         job
         for model, waiting in snapshot.backlog.by_model.items()
         for lane in waiting.by_class
-        for job in jobs_of(lane, model, now=snapshot.now, sizes=_sizes(lane.count, bundle, snapshot.spread, dice))
+        for job in jobs_of(lane, model, now=snapshot.now, sizes=_sizes(lane.count, bundle, spread[model], dice))
     ]
-    work_s = sum(_alone_s(job, snapshot.costs[job.model]) for job in jobs)
-    jobs += _coming(snapshot, snapshot.now + work_s, dice)
     jobs.sort(key=lambda job: job.arrival_s)
-    line = [n for n, job in enumerate(jobs) if job.model == model_id and job.arrival_s <= snapshot.now]
-    line.sort(key=lambda n: rank(jobs[n], n, snapshot.max_wait_s))
-    target = line[min(ahead, len(line) - 1)]
-    start = Start(
-        at_s=snapshot.now,
-        ready=snapshot.ready,
-        since_s=snapshot.ready_since,
-        ends_s=tuple(snapshot.now + seconds * dice.uniform(0.5, 1.5) for seconds in snapshot.in_flight_s),
-        started=snapshot.started,
-        target=snapshot.target,
-        target_at_s=None
-        if snapshot.target_in_s is None
-        else snapshot.now + snapshot.target_in_s * dice.uniform(0.9, 1.1),
+    line: dict[str, list[int]] = {}
+    for number, job in enumerate(jobs):
+        line.setdefault(job.model, []).append(number)
+    for numbers in line.values():
+        numbers.sort(key=lambda n: rank(jobs[n], n, snapshot.max_wait_s))
+    costs = {model: _unsure(cost, dice) for model, cost in usual.items()}
+    starts = [_unsure_start(start, snapshot.now, dice) for start in snapshot.workers]
+    coming = _coming(snapshot, usual, bundle, dice)
+    run = simulate(
+        [*jobs, *coming],
+        costs,
+        shiftworker(usual, max_wait_s=snapshot.max_wait_s, min_turn_s=snapshot.min_turn_s),
+        max_wait_s=snapshot.max_wait_s,
+        starts=starts,
+        first=len(jobs),
     )
-    costs = {model: _unsure(cost, dice) for model, cost in snapshot.costs.items()}
-    decide = shiftworker(snapshot.costs, max_wait_s=snapshot.max_wait_s, min_turn_s=snapshot.min_turn_s)
-    run = simulate(jobs, costs, decide, max_wait_s=snapshot.max_wait_s, start=start, only=target)
-    return run.ends[target], len(run.turns) + (snapshot.target is not None)
+    begun = sum(start.target is not None for start in starts)
+    one_s = {model: _one_s(snapshot, model) * _noise(spread[model], dice) for model in usual}
+    return _Played(run=run, line=line, costs=costs, one_s=one_s, begun=begun, starts=starts)
 
 
 def jobs_of(lane: Lane, model: str, *, now: float, sizes: Sequence[float]) -> list[TracedJob]:
@@ -123,21 +180,74 @@ def jobs_of(lane: Lane, model: str, *, now: float, sizes: Sequence[float]) -> li
     ]
 
 
+def _coarse(snapshot: Snapshot) -> Mapping[str, ModelCosts]:
+    """
+    The costs for bundles: one after the other, as fast as single jobs go through all places together.
+
+    What a turn loses at its end, while its places fall empty one by one, is a part of each switch.
+    """
+    emptying = [_emptying_s(snapshot, model) for model in snapshot.costs if snapshot.backlog.count(model)]
+    lost_s = sum(emptying) / len(emptying)
+    found = {}
+    for model, cost in snapshot.costs.items():
+        lanes, pace = _lanes(snapshot, model), pace_of(cost)
+        one_by_one = sum(replace(pace, at_once=1).work_s(lane) or 0.0 for lane in lanes)
+        together = sum(pace.work_s(lane) or 0.0 for lane in lanes)
+        faster = one_by_one / together if together else float(cost.max_num_seqs)
+        found[model] = cost.model_copy(
+            update={
+                "max_num_seqs": 1,
+                "prefill_tokens_per_s": cost.prefill_tokens_per_s * faster,
+                "decode_tokens_per_s": cost.decode_tokens_per_s * faster,
+                "load_s": cost.load_s + lost_s,
+                "wake_s": cost.wake_s + lost_s,
+            }
+        )
+    return found
+
+
+def _emptying_s(snapshot: Snapshot, model: str) -> float:
+    """
+    How much longer the last of the jobs in flight takes than the others, on average.
+
+    With jobs of equal size half of one, for they are halfway; with sizes of an exponential distribution the largest of
+    k is ln k + 0.6 of them, and the mean is 1.
+    """
+    spread, at_once = snapshot.spread.get(model, _SPREAD), snapshot.costs[model].max_num_seqs
+    return _one_s(snapshot, model) * (0.5 + spread * max(0.0, math.log(at_once) - 0.9)) if at_once > 1 else 0.0
+
+
+def _one_s(snapshot: Snapshot, model: str) -> float:
+    """Seconds that one job of the model takes: of those that wait, else of a usual one."""
+    found = [pace_of(snapshot.costs[model]).one_s(lane) for lane in _lanes(snapshot, model)]
+    return max((one_s for one_s in found if one_s is not None), default=snapshot.usual_s.get(model, 0.0))
+
+
+def _lanes(snapshot: Snapshot, model: str) -> tuple[Lane, ...]:
+    waiting = snapshot.backlog.by_model.get(model)
+    return waiting.by_class if waiting else ()
+
+
 def _sizes(count: int, bundle: int, spread: float, dice: random.Random) -> list[float]:
     """Roll the shares of *count* jobs, played as bundles."""
     bundles = math.ceil(count / bundle)
     return [_noise(spread / math.sqrt(bundle), dice) / bundles for _ in range(bundles)]
 
 
-def _coming(snapshot: Snapshot, until: float, dice: random.Random) -> list[TracedJob]:
-    jobs = []
+def _coming(snapshot: Snapshot, costs: Mapping[str, ModelCosts], bundle: int, dice: random.Random) -> list[TracedJob]:
+    """Roll jobs that come while those of now are served; in bundles, where those are."""
+    lasts_s = sum(cost.load_s for cost in costs.values())
+    for model, waiting in snapshot.backlog.by_model.items():
+        lasts_s += sum(pace_of(costs[model]).work_s(lane) or 0.0 for lane in waiting.by_class)
+    until = snapshot.now + 2 * lasts_s
+    jobs: list[TracedJob] = []
     for model, traffic in sorted(snapshot.traffic.items()):
         at = snapshot.now
-        while traffic.per_s and (at := at + dice.expovariate(traffic.per_s)) < until:
-            size = _noise(snapshot.spread, dice)
+        while traffic.per_s and len(jobs) < _MOST and (at := at + dice.expovariate(traffic.per_s / bundle)) < until:
+            size = bundle * _noise(snapshot.spread.get(model, _SPREAD) / math.sqrt(bundle), dice)
             tokens = round(traffic.prompt_tokens * size), round(traffic.output_tokens * size)
             jobs.append(TracedJob("", at, model, *tokens))
-    return jobs
+    return sorted(jobs, key=lambda job: job.arrival_s)
 
 
 def _unsure(cost: ModelCosts, dice: random.Random) -> ModelCosts:
@@ -152,8 +262,11 @@ def _unsure(cost: ModelCosts, dice: random.Random) -> ModelCosts:
     )
 
 
-def _alone_s(job: TracedJob, cost: ModelCosts) -> float:
-    return job.prompt_tokens / cost.prefill_tokens_per_s + job.output_tokens / cost.decode_tokens_per_s + cost.load_s
+def _unsure_start(start: Start, now: float, dice: random.Random) -> Start:
+    ends_s = tuple(now + (ends - now) * dice.uniform(0.5, 1.5) for ends in start.ends_s)
+    if start.target_at_s is None:
+        return replace(start, ends_s=ends_s)
+    return replace(start, ends_s=ends_s, target_at_s=now + (start.target_at_s - now) * dice.uniform(0.9, 1.1))
 
 
 def _noise(spread: float, dice: random.Random) -> float:

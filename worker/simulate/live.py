@@ -73,7 +73,7 @@ def plan_backlog(
     here = ready if ready in costs else None
     start = Start(at_s=now, ready=here, since_s=ready_since, started=frozenset({here} if here else ()))
     decide = shiftworker(costs, max_wait_s=max_wait_s, min_turn_s=min_turn_s)
-    run = simulate(jobs, costs, decide, max_wait_s=max_wait_s, start=start)
+    run = simulate(jobs, costs, decide, max_wait_s=max_wait_s, starts=(start,))
     finish = dict.fromkeys(waiting, 0.0)
     for job, end in zip(jobs, run.ends, strict=True):
         finish[job.model] = max(finish[job.model], end - now)

@@ -60,10 +60,10 @@ Policy = Callable[[Sight], Turn]
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How things are when a run begins; unless it is told, nothing has happened yet."""
+    """How things are on one worker when a run begins; unless it is told, nothing has happened yet."""
 
     at_s: float = 0.0  # jobs that came before wait since then
-    ready: str | None = None  # the model that is ready on the first worker ...
+    ready: str | None = None  # the model that is ready ...
     since_s: float = 0.0  # ... since when ...
     ends_s: tuple[float, ...] = ()  # ... and when the jobs in flight end
     started: frozenset[str] = frozenset()  # models that need no first load any more
@@ -82,19 +82,19 @@ def simulate(
     workers: int = 1,
     max_wait_s: float,
     line: bool = False,
-    start: Start = _NOTHING_YET,
-    only: int | None = None,
+    starts: Sequence[Start] = (_NOTHING_YET,),
+    first: int | None = None,
 ) -> Run:
     """
-    Run *jobs*, sorted by arrival, to their end, or until the job of the number *only* has its place.
+    Run *jobs*, sorted by arrival, to their end, or until each of the *first* jobs has its place.
 
     One model is ready at a time on each worker; a switch waits for the jobs in flight, then takes load_s (the first
     time there) or wake_s. A job starts when a place is free and no other prompt is read. With *line*, jobs start in
-    the order of their arrival, whatever their model: FIFO.
+    the order of their arrival, whatever their model: FIFO. *starts*: how the first workers are at the beginning.
     """
-    simulation = _Simulation(jobs, costs, policy, workers, max_wait_s, line=line)
-    simulation.begin(start)
-    return simulation.run(only)
+    simulation = _Simulation(jobs, costs, policy, max(workers, len(starts)), max_wait_s, line=line)
+    simulation.begin(starts)
+    return simulation.run(first)
 
 
 class _Simulation:
@@ -121,26 +121,34 @@ class _Simulation:
         self._run = Run(jobs=jobs, starts=[0.0] * len(jobs), ends=[0.0] * len(jobs))
         self._waiting = 0
         self._begins_s = 0.0
+        self._first = 0  # the run ends when as many jobs ...
+        self._left = 1  # ... have none of them left without a place; it never does while _first is 0
 
-    def begin(self, start: Start) -> None:
-        self._begins_s = start.at_s
-        machine = self._machines[0]
+    def begin(self, starts: Sequence[Start]) -> None:
+        self._begins_s = starts[0].at_s
+        for which, start in enumerate(starts):
+            self._begin_one(which, start)
+
+    def _begin_one(self, which: int, start: Start) -> None:
+        machine = self._machines[which]
         machine.begin_with(start.started, start.ready, start.since_s, running=len(start.ends_s))
         if start.ready is not None:
-            self._turns[0] = TurnTaken(machine.name, start.ready, start.since_s, start.since_s, "it was ready")
+            self._turns[which] = TurnTaken(machine.name, start.ready, start.since_s, start.since_s, "it was ready")
         for ends_s in start.ends_s:
-            heappush(self._events, (max(ends_s, start.at_s), _END, 0))
+            heappush(self._events, (max(ends_s, start.at_s), _END, which))
         if start.target is not None:
             machine.target, machine.loading = start.target, start.target_at_s is not None
-            self._turns[0] = TurnTaken(machine.name, start.target, start.at_s, start.at_s, "it was asked for")
-            soon = (start.at_s, _LOOK, 0) if start.target_at_s is None else (start.target_at_s, _READY, 0)
-            heappush(self._events, soon)
+            self._turns[which] = TurnTaken(machine.name, start.target, start.at_s, start.at_s, "it was asked for")
+            soon = (start.at_s, _LOOK) if start.target_at_s is None else (start.target_at_s, _READY)
+            heappush(self._events, (*soon, which))
 
-    def run(self, only: int | None) -> Run:
-        jobs, events, ends = self._jobs, self._events, self._run.ends
+    def run(self, first: int | None) -> Run:
+        jobs, events = self._jobs, self._events
+        if first is not None:
+            self._first = self._left = first
         arrived, total = 0, len(jobs)
         comes = max(jobs[0].arrival_s, self._begins_s) if jobs else math.inf
-        while (arrived < total or events) and not (only is not None and ends[only]):
+        while (arrived < total or events) and self._left:
             now = min(events[0][0], comes) if events else comes
             touched: set[int] = set()
             while events and events[0][0] == now:
@@ -206,6 +214,7 @@ class _Simulation:
             self._run.starts[number] = now
             ends = self._run.ends[number] = machine.start(self._jobs[number], now)
             turn.jobs += 1
+            self._left -= number < self._first
             heappush(self._events, (ends, _END, which))
             if self._line or not queue:
                 self._look.add(which)

@@ -17,6 +17,8 @@ class Pace:
     decode_tokens_per_s: float | None = None  # of one sequence
     job_s: float | None = None  # seconds for a job among others: the engine's time divided by its answers
     at_once: int = 1  # jobs that run side by side
+    output_tokens: float | None = None  # of a usual answer
+    output_share: float = 1.0  # of the longest answer that its job allows
 
     def work_s(self, lane: Lane) -> float | None:
         """
@@ -37,10 +39,17 @@ class Pace:
             return None if self.job_s is None else self.job_s * self.at_once
         return alone[1] / lane.count
 
+    def answers_tokens(self, lane: Lane) -> float | None:
+        """Tokens that the answers to *lane* will have in all, going by those of late; None = nobody knows."""
+        if lane.output_tokens is not None:
+            return lane.output_tokens * self.output_share
+        return None if self.output_tokens is None else self.output_tokens * lane.count
+
     def _alone_s(self, lane: Lane) -> tuple[float, float] | None:
         """Seconds to read all prompts, and of all jobs one after the other."""
         prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
-        if not prefill or not decode or not lane.count or lane.prompt_tokens is None or lane.output_tokens is None:
+        output = self.answers_tokens(lane)
+        if not prefill or not decode or not lane.count or lane.prompt_tokens is None or output is None:
             return None
         reading = lane.prompt_tokens / prefill
-        return reading, reading + lane.output_tokens / decode
+        return reading, reading + output / decode

@@ -1,0 +1,38 @@
+"""
+What are producers told of a forecast?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+
+from common.schemas import Forecast, Foreseen
+from worker.simulate.forecast import Finish, Snapshot
+from worker.simulate.policies import pace_of
+
+
+def tell_forecast(
+    found: Mapping[str, Sequence[Finish]], snapshot: Snapshot, *, worker: str, valid_s: float
+) -> Iterator[Forecast]:
+    """Give what *worker* publishes of each model, in seconds after the snapshot; *valid_s* says for how long."""
+    serving = {start.ready for start in snapshot.workers if start.target is None}
+    for model, finishes in found.items():
+        waiting = snapshot.backlog.by_model.get(model)
+        work_s = sum(pace_of(snapshot.costs[model]).work_s(lane) or 0.0 for lane in waiting.by_class) if waiting else 0
+        count = snapshot.backlog.count(model)
+        share_s = work_s / count if count else snapshot.usual_s.get(model, 0.0) / snapshot.costs[model].max_num_seqs
+        yield Forecast(
+            model=model,
+            worker=worker,
+            at=datetime.fromtimestamp(snapshot.now, UTC),
+            valid_s=valid_s,
+            serving=model in serving,
+            points=tuple(_point(finish, snapshot.now) for finish in finishes),
+            next_s=share_s,
+        )
+
+
+def _point(finish: Finish, now: float) -> Foreseen:
+    low_s, high_s = (round(max(0.0, at - now), 3) for at in (finish.low_at, finish.high_at))
+    return Foreseen(ahead=finish.ahead, low_s=low_s, high_s=high_s, switches=finish.switches)
