@@ -145,8 +145,8 @@ class VllmHostEngine:
         return self._host.own_bytes() or 0
 
     def sleep_levels(self, placement: Placement) -> tuple[Level, ...]:
-        """None on the CPU, over several cards, or unless it is turned on; see `Engine` and `may_sleep`."""
-        return may_sleep(placement) if self._sleeps else ()
+        """None unless it is turned on; see `Engine` and `may_sleep`."""
+        return may_sleep(placement, hosted=True) if self._sleeps else ()
 
     def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:
         """Give back the card's memory; see `Engine`."""

@@ -15,11 +15,13 @@ from common.errors import EngineMissing
 from common.settings import VllmSettings
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.environment import engine_environment
+from worker.engines.may_sleep import may_sleep
 from worker.engines.measure import read_vllm
 from worker.engines.process import Launch
 from worker.engines.server_engine import FilesOf, ServerEngine
 from worker.memory.measured import Measured
 from worker.selection.placement import Placement
+from worker.state.residency import Level
 
 
 class VllmServerEngine(ServerEngine):
@@ -63,6 +65,10 @@ class VllmServerEngine(ServerEngine):
             ],
             env=environment(os.environ, placement, model=files, cpu_count=self._cpu_count),
         )
+
+    def sleep_levels(self, placement: Placement) -> tuple[Level, ...]:
+        """None; see `Engine` and `may_sleep`."""
+        return may_sleep(placement, hosted=False)
 
     def read_log(self, log: str) -> Measured:
         """Read what vLLM printed of its memory."""

@@ -11,6 +11,7 @@ from worker.state.residency import Level
 
 _NEWEST_COUNTS = 0.3  # of the mean: a disk that is busy once moves it a little, a new driver within a few switches
 _SLACK = 3.0  # a load may take this many times what its size says: half of it is not the disk's
+_SLOW_DISK = 300e6  # bytes/s: a SATA disk; with the slack, whatever reads a third of that
 _WARMEST_FIRST = (Level.ASLEEP_1, Level.ASLEEP_2, Level.SPARE, Level.COLD)
 _FROM_FILES = (Level.SPARE, Level.COLD)
 _PRICED = (SwitchStage.UNLOADING, SwitchStage.LOADING, SwitchStage.VERIFYING)
@@ -86,8 +87,15 @@ def load_speed(times: Iterable[SwitchTime]) -> float | None:
 
 
 def allow_s(least_s: float, size: int, speed: float | None) -> float:
-    """How many seconds a load of *size* bytes may take: *least_s*, or more where *speed* (bytes/s) says so."""
-    return max(least_s, _SLACK * size / speed) if speed else least_s
+    """
+    Say how many seconds a load of *size* bytes of weights may take.
+
+    At least *least_s*; more where its size and *speed* (bytes/s, see `load_speed`) say so. A slow disk's speed counts
+    instead before anything was loaded: a large model that is cut off at its first load never shows how fast it is.
+    And where so little was loaded that starting the program took most of the time: else a load that hangs could for
+    hours.
+    """
+    return max(least_s, _SLACK * size / max(speed or 0.0, _SLOW_DISK))
 
 
 def _moved(mean: float | None, newest: float) -> float:

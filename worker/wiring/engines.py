@@ -65,7 +65,7 @@ def engine_names(settings: Settings) -> Mapping[EngineKind, str]:
 
 
 def most_asleep(settings: Settings) -> int:
-    """How many models of vLLM may sleep; its own server puts none to sleep."""
+    """How many models of vLLM may sleep; its own server puts none to sleep (see `may_sleep`)."""
     return settings.switch.max_asleep if settings.vllm.channel == "host" else 0
 
 

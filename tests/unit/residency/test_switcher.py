@@ -285,9 +285,9 @@ def test_a_switch_goes_on_when_nobody_listens() -> None:
 
 
 def test_a_load_gets_the_time_that_its_size_needs() -> None:
-    """A disk that gave 1 MiB/s so far: 1 GiB takes 1,024 s, and may take thrice that."""
-    world = World(load_speed=float(2**20))
+    """A disk that gave half a GiB a second so far: 1 GiB takes 2 s, and may take thrice that; the setting is 5 s."""
+    world = World(load_speed=2**29)
     record = world.switch("a")
 
-    assert world.engine.timeouts == [pytest.approx(3 * 1024)]
+    assert world.engine.timeouts == [pytest.approx(3 * 2)]
     assert record.load_bytes == 2**30
