@@ -5,19 +5,19 @@ What may an engine know of our environment? Everything but our own settings and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-# Ours, by prefix: secrets (the Redis URL, Flower's password), and settings that mean nothing to an engine.
+from common.settings import Settings, VllmSettings
+
+_OUR_GROUPS: tuple[Any, ...] = tuple(info.annotation for info in Settings.model_fields.values())
+# Secrets (the Redis URL, keys, passwords), and settings that mean nothing to an engine: whatever we read ourselves.
 _OUR_PREFIXES = (
-    "REDIS_", "FLOWER_", "CELERY_", "LLAMACPP_", "MODELS_", "WORKER_", "SWITCH_", "JOB_", "DELIVERY_", "ROUTING_",
-    "STATUS_", "LOG_",
-)  # fmt: skip
+    "CELERY_",
+    *(group.model_config["env_prefix"] for group in _OUR_GROUPS if group is not VllmSettings),
+)
 # vLLM reads every VLLM_* variable, warns of those it does not know, and one day may know ours. The last one is
 # vLLM's: it overrules --kv-cache-memory-bytes without a word.
-_OUR_VLLM = (
-    "VLLM_MODEL", "VLLM_QUANTIZATION", "VLLM_MAX_MODEL_LEN", "VLLM_GPU_MEMORY_UTILIZATION",
-    "VLLM_TENSOR_PARALLEL_SIZE", "VLLM_MAX_NUM_SEQS", "VLLM_FORCE", "VLLM_PYTHON", "VLLM_CHANNEL",
-    "VLLM_CPU_KVCACHE_SPACE",
-)  # fmt: skip
+_OUR_VLLM = (*(f"VLLM_{field}".upper() for field in VllmSettings.model_fields), "VLLM_CPU_KVCACHE_SPACE")
 
 
 def engine_environment(environ: Mapping[str, str], *, gpus: Sequence[int]) -> dict[str, str]:

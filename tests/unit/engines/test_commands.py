@@ -13,6 +13,7 @@ import pytest
 from common.errors import EngineMissing
 from common.settings import LlamaCppSettings, VllmSettings
 from tests.factories import make_placement, make_spec
+from tests.unit.test_env_example import defined
 from worker.engines import llamacpp_server, vllm_server
 from worker.engines.environment import engine_environment
 
@@ -138,6 +139,14 @@ def test_an_engine_sees_its_cards_and_no_secret() -> None:
         "CUDA_VISIBLE_DEVICES": "1,3",
         "DO_NOT_TRACK": "1",
     }
+
+
+def test_an_engine_sees_none_of_our_settings() -> None:
+    """Not one, whatever group it is of, now or later: the cloud's key and the webhooks' secret are settings too."""
+    ours = dict.fromkeys(defined(), "x")
+    assert {"CLOUD_API_KEY", "WEBHOOK_SECRET", "REDIS_URL"} <= ours.keys()
+
+    assert not ours.keys() & engine_environment(ours, gpus=()).keys()
 
 
 def test_an_engine_on_the_cpu_sees_no_card() -> None:
