@@ -4,6 +4,7 @@ Every error that Shiftworker raises, and whether a retry helps.
     ShiftworkerError
     ├── Refused                 the job itself is at fault: a retry cannot help
     │   ├── InvalidRequest          the body is no request we understand
+    │   ├── KeyReused               its idempotency key is that of a job which asks for something else
     │   ├── OverLimit               the job is larger, or asks for more, than the operator allows
     │   ├── AddressRefused          a URL in the body leads where jobs may not lead us
     │   ├── UnknownModel            no such model in the catalogue, or none that can do this
@@ -69,6 +70,10 @@ class Refused(ShiftworkerError):
 
 class InvalidRequest(Refused):
     """The body is no chat-completions, completions or embeddings body."""
+
+
+class KeyReused(Refused):
+    """The job's idempotency key belongs to another job, with another body."""
 
 
 class OverLimit(Refused):

@@ -9,11 +9,12 @@ a round trip of its own.
 from __future__ import annotations
 
 import json
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from common import keys
 from common.errors import AnswerDropped
-from common.may_enter import Entry
+from common.may_enter import Entry, Held, Taken
 from common.outcome_text import pack
 from common.schemas import ErrorBody, JobState, Outcome
 
@@ -36,10 +37,24 @@ _CELERYS = json.dumps(
     }
 ).removesuffix("}")
 
-# Take a share of the tenant's limits for a job; give nothing, or {jobs, bytes, gap} if there is no room.
-# A job that holds one already (its message came twice) needs no other.
-HOLD: Final = """
-local function hold(held, tenants, id, entry, tenant, size, max_jobs, max_bytes)
+# Take a share of the tenant's limits for a job, and note its deadline and its idempotency key; ARGV has `hold_args`
+# from *at* on. Gives nothing; {jobs, bytes, gap} if there is no room; {job, is it the same body?} if its key is another
+# job's. A job that holds a share already (its message came twice) needs no other.
+HOLD: Final = (
+    f"""
+local OUTCOME, DEADLINES = '{keys.outcome("")}', '{keys.DEADLINES}'
+"""
+    """
+local function hold(held, tenants, id, at)
+  local entry, tenant, size, max_jobs, max_bytes, deadline, key, body = unpack(ARGV, at, at + 7)
+  if entry == '' then return end
+  if key ~= '' then
+    local first = redis.call('HMGET', key, 'job', 'body')
+    if first[1] and first[1] ~= id
+       and (redis.call('HEXISTS', held, first[1]) == 1 or redis.call('EXISTS', OUTCOME .. first[1]) == 1) then
+      return {first[1], first[2] == body and 1 or 0}
+    end
+  end
   if redis.call('HEXISTS', held, id) == 1 then return end
   local now = redis.call('HMGET', tenants, 'jobs ' .. tenant, 'bytes ' .. tenant, 'gap ' .. tenant)
   local jobs, bytes = tonumber(now[1] or 0), tonumber(now[2] or 0)
@@ -49,13 +64,24 @@ local function hold(held, tenants, id, entry, tenant, size, max_jobs, max_bytes)
   redis.call('HINCRBY', tenants, 'jobs ' .. tenant, 1)
   redis.call('HINCRBY', tenants, 'bytes ' .. tenant, size)
   redis.call('HSET', held, id, entry)
+  if deadline ~= '' then redis.call('ZADD', DEADLINES, deadline, id) end
+  if key ~= '' then
+    redis.call('HSET', key, 'job', id, 'body', body)
+    redis.call('PERSIST', key)
+  end
 end
 """
+)
 
-# Give the job's share back, and its webhook's URL if it has one. `gap` is a moving mean of the seconds between two
-# ends of a tenant's jobs; a tenant without jobs leaves nothing behind.
-_LET_GO: Final = """
-local function let_go(held, tenants, id, now)
+# Give back what the job holds, and its webhook's URL if it has one. Its idempotency key lives as long as its outcome,
+# and the router gets the messages of its twins. `gap` is a moving mean of the seconds between two ends of a tenant's
+# jobs; a tenant without jobs leaves nothing behind.
+_LET_GO: Final = (
+    f"""
+local DEADLINES, TWINS, SUBMIT, WAKE = '{keys.DEADLINES}', '{keys.twins("")}', '{keys.SUBMIT_QUEUE}', '{keys.WAKE}'
+"""
+    """
+local function let_go(held, tenants, id, now, ttl)
   local entry = redis.call('HGET', held, id)
   if not entry then return end
   redis.call('HDEL', held, id)
@@ -74,9 +100,18 @@ local function let_go(held, tenants, id, now)
     end
     redis.call('HSET', tenants, ended, string.format('%.6f', now))
   end
+  if entry.deadline then redis.call('ZREM', DEADLINES, id) end
+  if entry.key then
+    redis.call('EXPIRE', entry.key, ttl)
+    if redis.call('EXISTS', TWINS .. id) == 1 then
+      while redis.call('LMOVE', TWINS .. id, SUBMIT, 'RIGHT', 'RIGHT') do end
+      redis.call('XADD', WAKE, 'MAXLEN', '8', '*', 'q', '')
+    end
+  end
   return entry.webhook
 end
 """
+)
 
 # Count what is kept, forget what has expired (a few each time: one comes, so more than one goes), and drop the oldest
 # answers while there are too many bytes. What is dropped stays an outcome, so that its job never runs again.
@@ -140,7 +175,7 @@ local function end_job()
       redis.call('XADD', KEYS[3], '*', 'kind', 'end', 'state', state)
       redis.call('EXPIRE', KEYS[3], ttl)
     end
-    url = let_go(KEYS[4], KEYS[5], id, now) or url
+    url = let_go(KEYS[4], KEYS[5], id, now, ttl) or url
     keep(KEYS[6], KEYS[7], id, state, size, max, ttl, now)
   end
   if url ~= '' and redis.call('HSETNX', KEYS[2], 'webhook', 'due') == 1 then
@@ -154,13 +189,30 @@ end
 )
 
 
-def hold_args(entry: Entry | None) -> list[str | int]:
-    """Arguments of `hold` from *entry* on: what the job holds as JSON ("" = nothing), and what its tenant may hold."""
+def hold_args(entry: Entry | None) -> list[str | float]:
+    """Arguments of `hold`: what the job holds as JSON ("" = nothing), its tenant's limits, its deadline, its key."""
     if entry is None:
-        return ["", "", 0, 0, 0]
-    webhook = {} if entry.webhook is None else {"webhook": entry.webhook}
-    text = json.dumps({"tenant": entry.tenant, "bytes": entry.bytes, **webhook}, ensure_ascii=False)
-    return [text, entry.tenant, entry.bytes, entry.max_jobs, entry.max_bytes]
+        return ["", "", 0, 0, 0, "", "", ""]
+    key = "" if entry.key is None else keys.same_key(entry.tenant, entry.key)
+    text: dict[str, object] = {"tenant": entry.tenant, "bytes": entry.bytes}
+    if entry.webhook is not None:
+        text["webhook"] = entry.webhook
+    if entry.deadline_at is not None:
+        text["deadline"] = True
+    if key:
+        text["key"] = key
+    return [
+        json.dumps(text, ensure_ascii=False), entry.tenant, entry.bytes, entry.max_jobs, entry.max_bytes,
+        "" if entry.deadline_at is None else entry.deadline_at, key, entry.body,
+    ]  # fmt: skip
+
+
+def read_refusal(found: Sequence[Any]) -> Held | Taken:
+    """Read what `hold` gives of a job that it does not take."""
+    if len(found) == len(("job", "is it the same body?")):
+        return Taken(job_id=found[0], same_body=bool(found[1]))
+    jobs, size, gap = found
+    return Held(jobs=int(jobs), bytes=int(size), gap_s=float(gap) if gap else None)
 
 
 def end_keys(job_id: str) -> list[str]:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from common.may_enter import Entry, Held
+from common.may_enter import Entry, Held, Taken
 from common.retell import retell
 from common.schemas import Fault, JobState, JobView, Outcome, Route, StreamEvent, utc_now
 
@@ -27,11 +27,12 @@ class JobStore(Protocol):
         """The job streams: from now on each attempt and the end are events of its stream."""
         ...
 
-    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | None:
+    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | Taken | None:
         """
         The job is on its way to a model's queue, and holds what *entry* says until it ends.
 
-        Where its tenant has no room for that, nothing is noted, and what the tenant holds is given back.
+        Where its tenant has no room for that, or its idempotency key is another job's, nothing is noted, and what the
+        tenant holds, or who has the key, is given back.
         """
         ...
 
@@ -105,6 +106,7 @@ class MemoryJobStore:
         self._outcomes: dict[str, Outcome] = {}
         self._cancels: set[str] = set()
         self._held: dict[str, Entry] = {}
+        self._keys: dict[tuple[str, str | None], tuple[str, str]] = {}  # tenant, key -> job, its body's digest
         self.webhooks: dict[str, str] = {}  # those that are owed
         self._streams: dict[str, list[StreamEvent]] = {}
         self._positions = 0  # of all streams' events: the number of the last
@@ -123,14 +125,20 @@ class MemoryJobStore:
         """Give the events of the job's stream."""
         return tuple(self._streams.get(job_id, ()))
 
-    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | None:
+    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | Taken | None:
         """See JobStore."""
         with self._lock:
+            if entry is not None and job_id not in self._outcomes:
+                first, body = self._keys.get((entry.tenant, entry.key), (job_id, entry.body))
+                if first != job_id:
+                    return Taken(job_id=first, same_body=body == entry.body)
             if entry is not None and job_id not in self._held and job_id not in self._outcomes:
                 others = [other.bytes for other in self._held.values() if other.tenant == entry.tenant]
                 if len(others) + 1 > entry.max_jobs or sum(others) + entry.bytes > entry.max_bytes:
                     return Held(jobs=len(others), bytes=sum(others))
                 self._held[job_id] = entry
+                if entry.key is not None:
+                    self._keys[entry.tenant, entry.key] = job_id, entry.body
         self._change(job_id, state=JobState.ROUTED, model=route.model, complexity=route.complexity, why=route.why)
         return None
 

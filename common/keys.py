@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from typing import Final
+from urllib.parse import quote
 
 _PREFIX: Final = "shiftworker:"  # of every key that is ours alone
 _BACKLOG: Final = f"{_PREFIX}backlog:"
@@ -112,7 +113,18 @@ def cancel(job_id: str) -> str:
     return f"{_PREFIX}cancel:{job_id}"
 
 
-HELD: Final = f"{_PREFIX}held"  # hash: a routed job that has not ended -> tenant, bytes, webhook as JSON
+def same_key(tenant: str, idempotency_key: str) -> str:
+    """Hash: job (the one that has this key of this tenant), body (a digest of it); kept as long as its outcome."""
+    return f"{_PREFIX}key:{quote(tenant, safe='')}:{idempotency_key}"
+
+
+def twins(job_id: str) -> str:
+    """List: the messages of other jobs with the same key, until this one ends; then the router gets them back."""
+    return f"{_PREFIX}twins:{job_id}"
+
+
+HELD: Final = f"{_PREFIX}held"  # hash: a routed job that has not ended -> its may_enter.Entry as JSON
+DEADLINES: Final = f"{_PREFIX}deadlines"  # sorted set: a job that has not ended -> its deadline, Unix seconds
 TENANTS: Final = f"{_PREFIX}tenants"  # hash: "jobs T", "bytes T", "ended T", "gap T" of each tenant T in `held`
 KEPT: Final = f"{_PREFIX}kept"  # sorted set: "<bytes> <state> <job id>" of each outcome, by the time of its end
 KEPT_BYTES: Final = f"{_PREFIX}kept-bytes"  # integer: the sum of those bytes

@@ -25,6 +25,14 @@ class Held:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taken:
+    """The job's idempotency key is another job's, which has not ended, or whose outcome is kept."""
+
+    job_id: str  # the other's
+    same_body: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """What a job holds from its routing to its end, and what its tenant may hold at most."""
 
@@ -33,6 +41,9 @@ class Entry:
     webhook: str | None
     max_jobs: int
     max_bytes: int
+    deadline_at: float | None = None  # Unix seconds
+    key: str | None = None  # its idempotency key
+    body: str = ""  # where it has one: JobRequest.digest
 
     @classmethod
     def of(cls, request: JobRequest, limits: LimitSettings) -> Entry:
@@ -43,6 +54,9 @@ class Entry:
             webhook=request.webhook,
             max_jobs=limits.tenant_jobs,
             max_bytes=limits.tenant_bytes,
+            deadline_at=request.deadline.timestamp() if request.deadline else None,
+            key=request.idempotency_key,
+            body=request.digest if request.idempotency_key is not None else "",
         )
 
 

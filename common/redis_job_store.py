@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from common import keys
-from common.job_ends import END, HOLD, end_args, end_keys, hold_args
-from common.may_enter import Entry, Held
+from common.job_ends import END, HOLD, end_args, end_keys, hold_args, read_refusal
+from common.may_enter import Entry, Held, Taken
 from common.outcome_text import read_outcome
 from common.redis_client import RedisClient
 from common.retell import retell
@@ -67,13 +67,13 @@ _FINISH = END + "return end_job()"
 
 # KEYS: the job's hash, its outcome; held, tenants. ARGV: lifetime in seconds, the state to set, model, complexity, why,
 # the job's id, then `hold_args`.
-# Returns nothing, or what the tenant holds if it has no room for the job.
+# Returns nothing, or why it was not noted: see `hold`.
 _NOTE_ROUTED = (
     HOLD
     + """
-if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[2]) == 0 then
-  local full = hold(KEYS[3], KEYS[4], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11])
-  if full then return full end
+if redis.call('EXISTS', KEYS[2]) == 0 then
+  local refused = hold(KEYS[3], KEYS[4], ARGV[6], 7)
+  if refused then return refused end
 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2], 'model', ARGV[3], 'complexity', ARGV[4], 'why', ARGV[5])
 redis.call('EXPIRE', KEYS[1], ARGV[1])
@@ -112,16 +112,13 @@ class RedisJobStore:
         """See JobStore."""
         self._change(job_id, stream="1")
 
-    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | None:
+    def note_routed(self, job_id: str, route: Route, entry: Entry | None = None) -> Held | Taken | None:
         """See JobStore."""
-        full = self._note_routed(
+        refused = self._note_routed(
             keys=[keys.job(job_id), keys.outcome(job_id), keys.HELD, keys.TENANTS],
             args=[self._ttl_s, JobState.ROUTED, route.model, route.complexity, route.why, job_id, *hold_args(entry)],
         )
-        if full is None:
-            return None
-        jobs, size, gap = full
-        return Held(jobs=int(jobs), bytes=int(size), gap_s=float(gap) if gap else None)
+        return None if refused is None else read_refusal(refused)
 
     def begin(self, job_id: str, *, delivery: str) -> int | None:
         """See JobStore."""

@@ -7,6 +7,8 @@ A reader ignores fields it does not know, so that old and new programs can share
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -20,6 +22,9 @@ from common.errors import InvalidRequest, ShiftworkerError, error_for
 
 AUTO = "auto"
 _LONGEST_RUN_S = 7 * 24 * 3600
+_NOT_THE_WORK = {
+    "priority", "deadline", "time_limit", "latency_sensitive", "webhook", "tenant", "idempotency_key",
+}  # fmt: skip
 
 
 def utc_now() -> datetime:
@@ -129,6 +134,12 @@ class JobRequest(BaseModel):
         return BodyKind.COMPLETION if self.prompt is not None else BodyKind.EMBEDDING
 
     @property
+    def digest(self) -> str:
+        """What tells apart two jobs with one idempotency key: the work that is asked, and not how soon it is wanted."""
+        asked = self.model_dump(mode="json", exclude_none=True, exclude=_NOT_THE_WORK)
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    @property
     def text(self) -> str:
         """All text of the prompt, for scoring and for counting; images and token ids count nothing."""
         if self.messages is not None:
@@ -220,6 +231,7 @@ class Ledger(_Stored):
     complexity: float | None = None
     why: str | None = None
     cloud: str | None = Field(default=None, description="what answered in place of the model; None = the model did")
+    same_as: str | None = Field(default=None, description="the job that was done for it: one with its idempotency_key")
     worker: str | None = None
     attempt: int = 0
     queued_at: AwareDatetime | None = None
@@ -272,6 +284,11 @@ class Outcome(_Stored):
         first: dict[str, Any] = choices[0]
         text = (first.get("message") or {}).get("content", first.get("text"))
         return text if isinstance(text, str) else None
+
+    def for_twin(self, job_id: str) -> Self:
+        """Give the outcome of another job with the same idempotency key: this one's."""
+        ledger = self.ledger.model_copy(update={"same_as": self.job_id})
+        return self.model_copy(update={"job_id": job_id, "ledger": ledger})
 
     def result(self) -> dict[str, Any]:
         """What Celery's `AsyncResult.get()` returns: OpenAI's response, and the ledger beside it."""

@@ -22,23 +22,31 @@ from common.backlog import PLACE_HEADER, Place
 from common.errors import EngineNotReady, InternalError, InvalidRequest, ShiftworkerError
 from common.job_store import JobStore
 from common.logs import get_logger
+from common.may_enter import Held
 from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, SwitchStage
 from worker.delivery.pool import signal_of
+from worker.delivery.redis_twins import RedisTwins
 from worker.jobs.failures import DuplicateDelivery, HandBack, RouteAgain, StaysHere, outcome_of
 from worker.jobs.runner import JobRunner
 from worker.jobs.submit_lane import shown
 from worker.residency.switcher import Switcher
+from worker.routing.gate import SameKey
 from worker.routing.router import Router
 
 logger = get_logger(__name__)
 
 REDIS_AWAY = (redis.RedisError, OperationalError, ConnectionError)
 _REDIS_AWAY_PAUSE_S = 1.0  # before the message goes back: no busy loop while Redis says no
+_TWIN_PAUSE_S = 1.0  # between two looks at a job's twin, where its message cannot be put aside
 _NO_OFFERS_PAUSE_S = 0.5  # before a job that nobody can route yet goes back to its queue
 
 
-def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
-    """Give *app* the router task: validate, score, choose, and hand the job on under the same id."""
+def add_submit_task(app: Celery, router: Router, store: JobStore, twins: RedisTwins | None = None) -> None:
+    """
+    Give *app* the router task: validate, score, choose, and hand the job on under the same id.
+
+    A job whose idempotency key is another one's waits in *twins*; without, it looks again and again.
+    """
 
     @app.task(bind=True, shared=False, name=keys.SUBMIT_TASK, throws=(ShiftworkerError,))
     def submit(task: Task, *args: Any, **fields: Any) -> Any:
@@ -56,6 +64,8 @@ def add_submit_task(app: Celery, router: Router, store: JobStore) -> None:
                 logger.warning("routing.no_offers", detail=error.message)
                 signal_of(job_id).wait(_NO_OFFERS_PAUSE_S)
                 raise Reject(requeue=True) from None
+            except SameKey as same:
+                return settle(task, store.finish(_outcome_as(same, task, store, twins), webhook=webhook))
             except ShiftworkerError as error:
                 refused = outcome_of(error, job_id, _ledger(store, job_id))
                 return settle(task, store.finish(refused, webhook=webhook))
@@ -121,6 +131,30 @@ def add_switch_task(app: Celery, switcher: Switcher, publish: Callable[[], objec
 
         record = switcher.switch(model, epoch=epoch, reason=reason, force=force, on_stage=tell)
         return record.model_dump(mode="json")
+
+
+def _outcome_as(same: SameKey, task: Task, store: JobStore, twins: RedisTwins | None) -> Outcome:
+    """
+    Give the job that has another's idempotency key the outcome of that one; QueueFull if it cannot wait for it.
+
+    Raises
+    ------
+    Ignore, Reject, Retry
+        There is none yet: the job waits, or looks again.
+    """
+    job_id: str = task.request.id
+    ended = store.outcome(same.first)
+    if ended is not None:
+        return ended.for_twin(job_id)
+    if twins is None:
+        raise task.retry(countdown=_TWIN_PAUSE_S, max_retries=None)
+    parked = twins.park(job_id, same.first, delivery=task.request.properties["delivery_tag"], entry=same.entry)
+    if isinstance(parked, Held):
+        return outcome_of(same.no_room(parked), job_id, _ledger(store, job_id))
+    if not parked:  # that one has ended in this moment
+        raise Reject(requeue=True)
+    logger.info("routing.twin", first=same.first)
+    raise Ignore
 
 
 @contextmanager

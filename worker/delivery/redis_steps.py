@@ -25,18 +25,18 @@ from common.schemas import JobState, Outcome, utc_now
 
 # KEYS: outcome, job's hash, unacked, unacked_index, unacked_owner, held, tenants, the backlog to put it into.
 # ARGV: tag, owner, message, lifetime in seconds, now, the job's id, `hold_args`, its place, then fields of the hash.
-# Returns 1 if it was moved, 0 if the job has ended or its tenant has no room, -1 if the delivery is another's now.
+# Returns 1 if it was moved, 0 if the job has ended or `hold` does not take it, -1 if the delivery is another's now.
 _ROUTE = (
     HOLD
     + LIBRARY
     + """
 if redis.call('HGET', KEYS[5], ARGV[1]) ~= ARGV[2] then return -1 end
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-if ARGV[7] ~= '' and hold(KEYS[6], KEYS[7], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11]) then return 0 end
+if hold(KEYS[6], KEYS[7], ARGV[6], 7) then return 0 end
 redis.call('HSETNX', KEYS[2], 'queued_at', ARGV[5])
-redis.call('HSET', KEYS[2], unpack(ARGV, 13))
+redis.call('HSET', KEYS[2], unpack(ARGV, 16))
 redis.call('EXPIRE', KEYS[2], ARGV[4])
-put(KEYS[8], ARGV[6], cjson.decode(ARGV[12]), ARGV[3])
+put(KEYS[8], ARGV[6], cjson.decode(ARGV[15]), ARGV[3])
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('HDEL', KEYS[5], ARGV[1])

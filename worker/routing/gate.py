@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from common.errors import AddressRefused, InvalidRequest, QueueFull
+from common.errors import AddressRefused, InvalidRequest, KeyReused, OverLimit, QueueFull, ShiftworkerError
 from common.job_store import JobStore
-from common.may_enter import Entry, check_body, check_share
+from common.may_enter import Entry, Held, Taken, check_body, check_share
 from common.may_reach import Allowed, Target, check_reach, remote_urls, target_of
 from common.resolve import resolve
 from common.schemas import JobRequest, Route
@@ -19,6 +19,20 @@ _LONGEST_URL = 2000  # as JobRequest.webhook
 _MOST_URLS = 100  # in one job: each may take a look at the name servers
 
 Resolve = Callable[[str, int], list[str]]
+
+
+class SameKey(Exception):
+    """
+    The job is the same as *first*: same tenant, same idempotency key, same work.
+
+    It holds *entry* while it waits for that one's end; *no_room* says why, if its tenant has no room for that.
+    """
+
+    def __init__(self, first: str, entry: Entry, no_room: Callable[[Held], ShiftworkerError]) -> None:
+        super().__init__(first)
+        self.first = first
+        self.entry = entry
+        self.no_room = no_room
 
 
 class Gate:
@@ -80,13 +94,29 @@ class Gate:
 
         Raises
         ------
-        QueueFull, OverLimit
-            Its tenant has no room for it; nothing was noted.
+        QueueFull, OverLimit, KeyReused, SameKey
+            Its tenant has no room for it, or its idempotency key is another job's; nothing was noted.
         """
-        held = store.note_routed(job_id, route, self.entry(request))
-        if held is not None:
+        entry = self.entry(request)
+        refused = store.note_routed(job_id, route, entry)
+        if isinstance(refused, Held):
+            raise self.no_room(request, refused)
+        if isinstance(refused, Taken):
+            if refused.same_body:
+                raise SameKey(refused.job_id, entry, lambda held: self.no_room(request, held))
+            raise KeyReused(
+                f"idempotency_key {request.idempotency_key!r} of tenant {request.tenant!r} is that of job "
+                f"{refused.job_id}, which asks for something else. A key stands for one piece of work: send this job "
+                "with a key of its own."
+            )
+
+    def no_room(self, request: JobRequest, held: Held) -> ShiftworkerError:
+        """Say why the job's tenant has no room for it, beside what it *held* a moment ago."""
+        try:
             check_share(request, held, self._limits)
-            raise QueueFull(f"Tenant {request.tenant!r} has no room for this job now; try again.", 1.0)
+        except (OverLimit, QueueFull) as error:
+            return error
+        return QueueFull(f"Tenant {request.tenant!r} has no room for this job now; try again.", 1.0)
 
     def entry(self, request: JobRequest) -> Entry:
         """What the job holds from now to its end."""

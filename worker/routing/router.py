@@ -47,6 +47,8 @@ class Router:
             The job can never be answered as it is.
         QueueFull
             Too many jobs of its tenant have not ended.
+        KeyReused, SameKey
+            Its idempotency key is another job's, with another body or with the same.
         EngineNotReady
             No worker has ever said what it offers; the job must wait.
         """

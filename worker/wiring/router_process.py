@@ -17,6 +17,7 @@ from common.settings import Settings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess
 from worker.delivery.redis_steps import RedisSteps
+from worker.delivery.redis_twins import RedisTwins
 from worker.jobs.submit_lane import SubmitLane
 from worker.routing.gate import Gate
 from worker.routing.merge import merge_offers
@@ -42,7 +43,7 @@ def run_router(settings: Settings) -> int:
     store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
     gate = Gate(limits=settings.limit, egress=settings.egress, webhooks=settings.webhook.secret is not None)
     router = Router(store=store, offers=lambda: _offered(client), rules=rules, gate=gate)
-    add_submit_task(app, router, store)
+    add_submit_task(app, router, store, RedisTwins(patient, owner=owner, ttl_s=settings.job.result_ttl_s))
     steps = RedisSteps(
         patient, app, owner=owner, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes
     )
