@@ -4,7 +4,6 @@ The producer's side: submit a job, ask how it is, follow its tokens, wait for it
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -26,8 +25,9 @@ from common.fleet import read_offers, read_statuses
 from common.job_stream import START, aread_stream, read_stream
 from common.redis_client import connect, connect_async, ping, without_password
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody, HardwareStatus, JobRequest, JobState, JobView, Ledger, Offer, Outcome, StreamEvent
+from common.schemas import HardwareStatus, JobRequest, JobState, JobView, Ledger, Offer, Outcome, StreamEvent
 from common.settings import Settings
+from common.waiting_jobs import RedisWaitingJobs, cancelled_waiting
 
 _REACHED_S = 1.0  # after a job was taken: to send fails fast enough, without asking first
 _RETRY_PUBLISH = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
@@ -58,6 +58,7 @@ class JobClient:
         self._app.conf.task_send_sent_event = False
         self._redis = connect(self._url)
         self._store = RedisJobStore(self._redis, ttl_s=settings.job.result_ttl_s)
+        self._waiting = RedisWaitingJobs(self._redis, ttl_s=settings.job.result_ttl_s)
         self._backlog = RedisBacklog(self._redis)
         self._reached_at = -_REACHED_S  # when Redis last took a job; monotonic
         self._door = Door(self._redis, settings.limit)
@@ -83,6 +84,8 @@ class JobClient:
         if time.monotonic() - self._reached_at > _REACHED_S:
             ping(self._redis, self._url)
         self._door.check(parsed)
+        if parsed.deadline is not None:  # it may pass before the router has read the job
+            self._redis.zadd(keys.DEADLINES, {job_id: parsed.deadline.timestamp()}, nx=True)
         try:
             self._app.send_task(
                 keys.SUBMIT_TASK,
@@ -195,24 +198,10 @@ class JobClient:
         if self._store.outcome(job_id) is not None:
             return False
         self._store.ask_cancel(job_id)
-        view = self._store.view(job_id)
-        if view.state is not JobState.RUNNING:
-            error = JobCancelled(f"Job {job_id} was cancelled.")
-            kept = self._store.finish(Outcome(job_id=job_id, state=JobState.CANCELLED, error=ErrorBody.of(error)))
-            if kept.state is not JobState.CANCELLED:
-                return False
-            # Whoever waits hears of it now, and not when the message's turn comes.
-            self._app.backend.mark_as_revoked(job_id, error.message)
-            if view.model is not None:
-                self._stop_waiting(job_id, view.model)
-        return True
-
-    def _stop_waiting(self, job_id: str, model_id: str) -> None:
-        """Take the ended job's message out; a part of a group tells its chord when its turn comes, so it stays."""
-        for queue in (keys.model_queue(model_id), keys.cloud_queue(model_id)):
-            raw = self._backlog.find(queue, job_id)
-            if raw is not None and json.loads(raw)["headers"].get("group") is None:
-                self._backlog.remove(queue, job_id, raw)
+        if self._waiting.end([cancelled_waiting(self._store.view(job_id))]) == [True]:
+            return True
+        ended = self._store.outcome(job_id)
+        return ended is None or ended.state is JobState.CANCELLED
 
     def hardware(self) -> tuple[HardwareStatus, ...]:
         """How every worker that is alive is."""

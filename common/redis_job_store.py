@@ -5,7 +5,7 @@ The JobStore in Redis: a hash, an outcome, a stream and a cancel mark per job, e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -169,19 +169,14 @@ class RedisJobStore:
 
     def view(self, job_id: str) -> JobView:
         """See JobStore."""
-        found: dict[str, str] = self._redis.hgetall(keys.job(job_id))
-        queued_at = found.get("queued_at")
-        return JobView(
-            job_id=job_id,
-            state=JobState(found.get("end") or found.get("state", JobState.UNKNOWN)),
-            model=found.get("model"),
-            complexity=float(found["complexity"]) if "complexity" in found else None,
-            why=found.get("why"),
-            queued_at=datetime.fromtimestamp(float(queued_at), UTC) if queued_at else None,
-            attempts=int(found.get("attempts", 0)),
-            webhook=found.get("webhook"),
-            faults=_faults(found.get("faults", "")),
-        )
+        return _view(job_id, self._redis.hgetall(keys.job(job_id)))
+
+    def views(self, job_ids: Sequence[str]) -> list[JobView]:
+        """What `view` says of each, in one round trip."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hgetall(keys.job(job_id))
+            return [_view(job_id, found) for job_id, found in zip(job_ids, pipe.execute(), strict=True)]
 
     def ask_cancel(self, job_id: str) -> None:
         """See JobStore."""
@@ -202,3 +197,18 @@ class RedisJobStore:
 
 def _faults(lines: str) -> tuple[Fault, ...]:
     return tuple(Fault.model_validate_json(line) for line in lines.splitlines())
+
+
+def _view(job_id: str, found: Mapping[str, str]) -> JobView:
+    queued_at = found.get("queued_at")
+    return JobView(
+        job_id=job_id,
+        state=JobState(found.get("end") or found.get("state", JobState.UNKNOWN)),
+        model=found.get("model"),
+        complexity=float(found["complexity"]) if "complexity" in found else None,
+        why=found.get("why"),
+        queued_at=datetime.fromtimestamp(float(queued_at), UTC) if queued_at else None,
+        attempts=int(found.get("attempts", 0)),
+        webhook=found.get("webhook"),
+        faults=_faults(found.get("faults", "")),
+    )

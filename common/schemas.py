@@ -118,13 +118,19 @@ class JobRequest(BaseModel):
             raise ValueError("stream: an embedding is one piece; leave it out")
         return self
 
-    def within(self, time_limits: Iterable[float | None]) -> Self:
-        """Give the same job with the shortest of these time limits, in seconds, and its own; None and 0 are none."""
+    def within(self, *, time_limits: Iterable[float | None] = (), expires: datetime | None = None) -> Self:
+        """
+        Give the same job under the limits that Celery knows of its task too: the nearest of each counts.
+
+        *time_limits* in seconds, of which None and 0 are none; *expires* is a moment, without a zone UTC's.
+        """
         limits = (*time_limits, self.time_limit, _LONGEST_RUN_S)
         shortest = min(limit for limit in limits if limit and limit > 0)
-        if shortest in {self.time_limit, _LONGEST_RUN_S}:
-            return self
-        return self.model_copy(update={"time_limit": shortest})
+        changed: dict[str, Any] = {} if shortest in {self.time_limit, _LONGEST_RUN_S} else {"time_limit": shortest}
+        if expires is not None:
+            moment = expires if expires.tzinfo else expires.replace(tzinfo=UTC)
+            changed["deadline"] = min(moment, self.deadline or moment)
+        return self.model_copy(update=changed) if changed else self
 
     @property
     def kind(self) -> BodyKind:
@@ -344,6 +350,13 @@ class JobView(_Stored):
     attempts: int = 0
     webhook: str | None = Field(default=None, description='"due", "delivered", or why it was given up; None = none')
     faults: tuple[Fault, ...] = Field(default=(), description="what failed under its attempts, the oldest first")
+
+    @property
+    def ledger(self) -> Ledger:
+        """What a job that ends now can say of its way."""
+        return Ledger(
+            model=self.model, complexity=self.complexity, why=self.why, attempt=self.attempts, queued_at=self.queued_at
+        )
 
 
 # --- What a worker offers ------------------------------------------------------------------------------

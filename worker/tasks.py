@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import redis
@@ -57,9 +58,7 @@ def add_submit_task(app: Celery, router: Router, store: JobStore, twins: RedisTw
             if ended is not None:
                 return settle(task, store.finish(ended, webhook=webhook) if webhook else ended)
             try:
-                # What the producer has limited is the work, and not this task.
-                limits = task.request.timelimit or ()
-                request, route = router.route(job_id, body_of(args, fields), time_limits=limits)
+                request, route = router.route(job_id, body_of(args, fields), **_limits_of(task))
             except EngineNotReady as error:
                 logger.warning("routing.no_offers", detail=error.message)
                 signal_of(job_id).wait(_NO_OFFERS_PAUSE_S)
@@ -131,6 +130,15 @@ def add_switch_task(app: Celery, switcher: Switcher, publish: Callable[[], objec
 
         record = switcher.switch(model, epoch=epoch, reason=reason, force=force, on_stage=tell)
         return record.model_dump(mode="json")
+
+
+def _limits_of(task: Task) -> dict[str, Any]:
+    """What the producer has limited in Celery's way: it means the work, and not this task."""
+    expires = task.request.expires
+    return {
+        "time_limits": task.request.timelimit or (),
+        "expires": datetime.fromisoformat(expires) if isinstance(expires, str) else expires,
+    }
 
 
 def _outcome_as(same: SameKey, task: Task, store: JobStore, twins: RedisTwins | None) -> Outcome:

@@ -5,7 +5,8 @@ Carries out the routing of one job: read it, score it, choose its model, write t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from common.errors import EngineNotReady
 from common.job_store import JobStore
@@ -37,9 +38,9 @@ class Router:
         self._clock = clock
         self._known: tuple[Sequence[OfferedModel], float] | None = None
 
-    def route(self, job_id: str, body: object, *, time_limits: Iterable[float | None] = ()) -> tuple[JobRequest, Route]:
+    def route(self, job_id: str, body: object, **limits: Any) -> tuple[JobRequest, Route]:
         """
-        Choose the model for the job in *body*; *time_limits* are those of its task, in seconds.
+        Choose the model for the job in *body*; *limits* are what Celery knows of its task: see JobRequest.within.
 
         Raises
         ------
@@ -53,7 +54,7 @@ class Router:
             No worker has ever said what it offers; the job must wait.
         """
         self._store.note_queued(job_id)
-        request = JobRequest.parse(body).within(time_limits)
+        request = JobRequest.parse(body).within(**limits)
         if self.gate is not None:
             self.gate.check(request)
         if request.stream:

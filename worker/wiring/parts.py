@@ -15,7 +15,10 @@ from common.redis_client import RedisClient, connect, wait_until_there
 from common.redis_job_store import RedisJobStore
 from common.schemas import Ledger
 from common.settings import Settings
+from common.waiting_jobs import RedisWaitingJobs
 from worker.delivery.lease import Lease
+from worker.delivery.revoke import remember_revokes
+from worker.jobs.deadlines import DeadlineSweep
 from worker.jobs.failures import outcome_of
 
 
@@ -50,6 +53,14 @@ def lease_of(app: Celery, settings: Settings, owner: str) -> Lease:
         lease_s=settings.delivery.lease_s,
         visibility_timeout_s=settings.delivery.visibility_timeout_s,
     )
+
+
+def watch_the_waiting(settings: Settings, store: RedisJobStore) -> DeadlineSweep:
+    """What ends jobs that nobody has begun: when they are revoked, and, while it is entered, at their deadlines."""
+    client = connect(settings.redis.url)
+    waiting = RedisWaitingJobs(client, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
+    remember_revokes(store, waiting, lambda job_id, error: store.finish(outcome_of(error, job_id, Ledger())))
+    return DeadlineSweep(client, store, waiting)
 
 
 def refuse(app: Celery, store: RedisJobStore, job_id: str, error: ShiftworkerError) -> None:

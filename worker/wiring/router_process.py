@@ -26,7 +26,7 @@ from worker.routing.rules_file import load_rules
 from worker.scheduling.celery_consumer import every
 from worker.tasks import add_submit_task
 from worker.webhooks.sender import WebhookSender
-from worker.wiring.parts import lease_of, open_redis, owner_of, process_name, refuse
+from worker.wiring.parts import lease_of, open_redis, owner_of, process_name, refuse, watch_the_waiting
 
 _ROUTER_THREADS = 4
 _ROUTER_TAKES = 64  # jobs in hand: its lane routes them together
@@ -58,7 +58,7 @@ def run_router(settings: Settings) -> int:
         own_queues=[keys.SUBMIT_QUEUE],
         steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
     )
-    with _webhooks(settings):
+    with _webhooks(settings), watch_the_waiting(settings, store):
         return process.run()
 
 

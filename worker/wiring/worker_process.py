@@ -54,7 +54,15 @@ from worker.telemetry.redis_switch_times import RedisSwitchTimes
 from worker.wiring.cloud import served_elsewhere, stand_in_of
 from worker.wiring.engines import build_engines, engine_names
 from worker.wiring.here import Survey, survey
-from worker.wiring.parts import lease_of, open_redis, owner_of, process_name, refuse, worker_name
+from worker.wiring.parts import (
+    lease_of,
+    open_redis,
+    owner_of,
+    process_name,
+    refuse,
+    watch_the_waiting,
+    worker_name,
+)
 from worker.wiring.run_dir import open_run_dir
 from worker.world import WorkerWorld
 
@@ -189,6 +197,7 @@ class _Worker:
         redis_steps = RedisSteps(
             patient, self._app, owner=owner, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes
         )
+        self._deadlines = watch_the_waiting(settings, store)
         name = process_name("worker", settings)
         self._process = ConsumerProcess(
             app=self._app,
@@ -211,7 +220,8 @@ class _Worker:
         """Beat and consume; at the end: no more turns, jobs end, engines end, goodbye in Redis."""
         self._heart.start()
         try:
-            return self._process.run()
+            with self._deadlines:
+                return self._process.run()
         finally:
             self._heart.end()
             self._page_cache.close()

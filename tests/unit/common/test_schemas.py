@@ -118,7 +118,7 @@ def test_the_shortest_time_limit_counts(
     own: float | None, tasks: tuple[float | None, ...], least: float | None
 ) -> None:
     """The job's own, and those that Celery knows of its task; what is none is left out."""
-    request = JobRequest.parse({**HELLO, "time_limit": own}).within(tasks)
+    request = JobRequest.parse({**HELLO, "time_limit": own}).within(time_limits=tasks)
     assert request.time_limit == least
     assert JobRequest.parse(request.model_dump(mode="json", exclude_none=True)) == request
 
