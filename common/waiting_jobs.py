@@ -26,7 +26,7 @@ _END = (
     END
     + LIBRARY
     + """
-local running_too, copy, message = unpack(ARGV, 8)
+local running_too, copy, message = unpack(ARGV, 10)
 local now = redis.call('HMGET', KEYS[2], 'state', 'claim')
 local runs = now[1] == 'running' and now[2] and redis.call('HEXISTS', KEYS[10], now[2]) == 1
 if runs and running_too ~= '1' then return 0 end
