@@ -5,12 +5,14 @@ One way to reach Redis: short time limits, text answers, and an error that says 
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import redis
 import redis.asyncio
 import redis.asyncio.retry
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry
 from tenacity import RetryCallState, retry, retry_if_exception_type, wait_exponential_jitter
 
@@ -32,14 +34,46 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+_patience_is_over = threading.Event()
+
+
+def end_patience() -> None:
+    """Let the clients of this process give up at the first failure from now on: it leaves."""
+    _patience_is_over.set()
+
+
+def patience_is_over() -> bool:
+    """Does this process leave, so that nobody in it waits for Redis any more?"""
+    return _patience_is_over.is_set()
+
+
+class _Retry(Retry):
+    """Tries again *retries* times; None = until it is done, also while Redis is full, or until patience is over."""
+
+    def __init__(self, retries: int | None, *, cap_s: float) -> None:
+        backoff = ExponentialWithJitterBackoff(base=0.05, cap=cap_s)
+        super().__init__(backoff, retries=-1 if retries is None else retries)
+        if retries is None:
+            self.update_supported_errors([OutOfMemoryError, ReadOnlyError])
+
+    @property
+    def _retries(self) -> int:
+        return 0 if patience_is_over() else self._given
+
+    @_retries.setter
+    def _retries(self, value: int) -> None:
+        self._given = value
+
+
 def connect(url: str, *, patient: bool = False) -> RedisClient:
     """
     A client for *url*; it connects at the first command.
 
-    A broken connection is tried twice more; a *patient* client, for what must not be lost, never gives up.
+    A broken connection is tried twice more; a *patient* client, for what must not be lost, does not give up before
+    `end_patience`.
     """
-    backoff = ExponentialWithJitterBackoff(base=0.05, cap=2 if patient else 0.5)
-    return redis.Redis.from_url(url, retry=Retry(backoff, retries=-1 if patient else 2), **_OPTIONS)
+    retry = _Retry(None, cap_s=2) if patient else _Retry(2, cap_s=0.5)
+    return redis.Redis.from_url(url, retry=retry, **_OPTIONS)
 
 
 def connect_async(url: str) -> RedisClient:

@@ -8,6 +8,8 @@ from typing import Any
 
 from celery.backends.redis import RedisBackend
 
+from common.redis_client import patience_is_over
+
 
 class ResultBackend(RedisBackend):
     """
@@ -20,3 +22,7 @@ class ResultBackend(RedisBackend):
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Do nothing when a task is sent."""
+
+    def exception_safe_to_retry(self, exc: Exception) -> bool:
+        """Try again, but not in a process that leaves: `result_backend_always_retry` has no end."""
+        return not patience_is_over() and bool(super().exception_safe_to_retry(exc))

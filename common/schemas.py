@@ -422,7 +422,7 @@ class WorkerState(StrEnum):
     SERVING = "serving"
     SWITCHING = "switching"
     IDLE = "idle"
-    STOPPING = "stopping"
+    DRAINING = "draining"  # it was told to stop: takes nothing, what runs may end
 
 
 class ResidentStatus(_Stored):

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -18,14 +20,23 @@ from kombu import Queue
 from kombu.serialization import register
 from kombu.utils import json as kombu_json
 
+from common.logs import get_logger
+from common.redis_client import end_patience
 from worker.delivery.consumer import Refuse, consumer_with
+from worker.delivery.drain import hear_drain
 from worker.delivery.lane import Lane
 from worker.delivery.lease import Lease
 from worker.delivery.pool import leaving, pool_with, running
 from worker.scheduling.celery_consumer import calm_events
 
+logger = get_logger(__name__)
+
 _EVENTS_EVERY_S = 0.1  # what Flower sees is at most so old
 _LOOK_EVERY_S = 0.05  # for the end of the last running job, while the process leaves
+_ACKNOWLEDGE_S = 1.0  # for the loop to acknowledge what has ended; it does not turn while Redis is away
+_END_S = 25.0  # from the end of the grace: for jobs to go back and engines to end
+_FAILED = 1
+_END = signal.SIGQUIT  # what the process sends itself when the grace is over
 
 
 def read_json(data: str | bytes) -> Any:
@@ -51,7 +62,7 @@ class ConsumerProcess:
     grace_s
         How long running jobs may take after the process was told to stop; then they go back to their queue.
     on_leaving
-        Called from a signal handler, as soon as the process is told to stop: must return at once.
+        Called as soon as the process is told to stop; must return at once.
     """
 
     def __init__(
@@ -76,13 +87,14 @@ class ConsumerProcess:
         self._grace_s = grace_s
         self._lanes = lanes or {}
         self._on_leaving = on_leaving
-        self._hurry = False
+        self._hurry = threading.Event()
+        self._grace_over = False
         app.conf.worker_consumer = consumer_with(refuse)
         app.steps["consumer"].update([*steps, calm_events(_EVENTS_EVERY_S)])
 
     def run(self) -> int:
         """
-        Consume until told to stop; returns the exit code.
+        Consume until told to stop; returns the exit code: 0 only if it was told.
 
         The order of the end: take nothing new, let running jobs end or go back, give up the lease.
         """
@@ -91,6 +103,7 @@ class ConsumerProcess:
             queues.deselect(queue)
         signals.setup_logging.connect(_leave_logging_alone, weak=False)
         signals.worker_ready.connect(self._listen_for_the_end, weak=False)
+        hear_drain()
         register("json", kombu_json.dumps, read_json, content_type="application/json", content_encoding="utf-8")
         self._lease.start()
         for lane in self._lanes.values():
@@ -109,34 +122,59 @@ class ConsumerProcess:
             for lane in self._lanes.values():
                 lane.end()
             self._lease.end()
-        return int(worker.exitcode or 0)
+        if leaving.is_set():
+            return 0
+        return int(worker.exitcode or _FAILED)  # Celery says nothing of some ends that nobody asked for
 
-    def _listen_for_the_end(self, **_: Any) -> None:
+    def _listen_for_the_end(self, sender: Any, **_: Any) -> None:
         """
         Take SIGTERM, SIGQUIT and Ctrl-C: a grace for what runs, then Celery's cold shutdown, which gives back the rest.
 
-        Celery's own soft shutdown sleeps its whole timeout, also when the last job ends at once, and tells of the
-        stop (worker_shutting_down) only afterwards.
+        Celery's own soft shutdown blocks its loop for its whole timeout, also when the last job ends at once, and
+        tells of the stop (worker_shutting_down) only afterwards. Here the loop turns on meanwhile: messages are
+        acknowledged, Redis may go away and come back.
         """
         celerys_cold_shutdown = signal.getsignal(signal.SIGQUIT)
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if leaving.is_set():  # again: whoever stops us is in a hurry
-                self._hurry = True
-                return
-            leaving.set()
-            self._on_leaving()
-            self._wait_for_running_jobs()
-            if callable(celerys_cold_shutdown):
-                celerys_cold_shutdown(number, frame)
+            if self._grace_over:
+                if number == _END and callable(celerys_cold_shutdown):
+                    celerys_cold_shutdown(number, frame)
+            elif leaving.is_set():  # again: whoever stops us is in a hurry
+                self._hurry.set()
+            else:
+                leaving.set()
+                threading.Thread(target=self._leave, args=(sender,), name="leaving", daemon=True).start()
 
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
             signal.signal(number, handle)
 
-    def _wait_for_running_jobs(self) -> None:
+    def _leave(self, consumer: Any) -> None:
+        """Take nothing new, wait for what runs, and end this process."""
+        logger.info("worker.leaving", process=self._name, running=len(running()), grace_s=self._grace_s)
+        consumer.call_soon(_take_nothing, consumer)
+        self._on_leaving()
         until = time.monotonic() + self._grace_s
-        while running() and not self._hurry and time.monotonic() < until:
-            time.sleep(_LOOK_EVERY_S)
+        while running() and time.monotonic() < until and not self._hurry.wait(_LOOK_EVERY_S):
+            pass
+        acknowledged = threading.Event()
+        consumer.call_soon(acknowledged.set)
+        acknowledged.wait(_ACKNOWLEDGE_S)
+        self._grace_over = True
+        end_patience()
+        os.kill(os.getpid(), _END)
+        time.sleep(_END_S)
+        logger.error("worker.cut_short", reason=f"not ended {_END_S:g} s after the grace: does Redis answer?")
+        os._exit(_FAILED)  # engines end with us, and the lease gives back what we hold
+
+
+def _take_nothing(consumer: Any) -> None:
+    """Stop consuming; after a reconnect, too. On the consumer's own thread."""
+    queues = consumer.app.amqp.queues
+    for queue in list(queues.consume_from):
+        queues.deselect(queue)
+        if consumer.task_consumer is not None:
+            consumer.task_consumer.cancel_by_queue(queue)
 
 
 def _leave_logging_alone(**_: Any) -> None:

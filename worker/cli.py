@@ -22,8 +22,8 @@ from rich.markup import escape
 from common import keys, logs
 from common.celery_app import create_app
 from common.client import JobClient
-from common.errors import BadSetting, InvalidRequest, Misconfigured, ShiftworkerError, UnknownModel
-from common.fleet import read_offers, read_statuses, read_unserved
+from common.errors import BadSetting, InvalidRequest, Misconfigured, ShiftworkerError, Unavailable, UnknownModel
+from common.fleet import read_alive, read_offers, read_statuses, read_unserved
 from common.redis_client import connect, ping, without_password
 from common.schemas import HardwareStatus, JobRequest, Outcome
 from common.settings import Settings
@@ -37,6 +37,8 @@ from worker.supervisor import Supervisor
 # Exit codes of sysexits.h, so that a supervisor can tell "fix me" from "try again".
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
+
+_LOOK_EVERY_S = 0.1  # whether a draining worker is gone
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -339,6 +341,42 @@ def _find_model(model: str, worker: str, alive: tuple[HardwareStatus, ...], clie
             if offer.worker == names[0] and model in (offered.id, *offered.aliases):
                 return names[0], offered.id
     raise UnknownModel(f"Worker {names[0]} does not offer {model!r}; `shiftworker models` there says why.")
+
+
+@app.command()
+def drain(
+    worker: Annotated[str | None, typer.Argument(help="Which worker; unset = all of this host.")] = None,
+    *,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until they are gone.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 600,
+) -> None:
+    """
+    Let workers go, for an upgrade: they take no more jobs, give those that run their grace, the rest back, and end.
+
+    Exit codes: 0 = they are leaving (with --wait: gone), 1 = not all are gone in time, 69 = none has heard it.
+    """
+    from worker.delivery.drain import ask_to_drain  # noqa: PLC0415 - it brings half of Celery's worker
+
+    settings = _settings()
+    client = connect(settings.redis.url)
+    ping(client, settings.redis.url)
+    leaving = ask_to_drain(create_app(settings), worker)
+    if not leaving:
+        raise Unavailable(
+            f"No worker {f'named {worker}' if worker else 'of this host'} has answered; alive are: "
+            f"{', '.join(found.worker for found in read_statuses(client)) or 'none'}. One that is cut off from Redis "
+            "or paused hears nothing: send it SIGTERM."
+        )
+    _out.print(f"Draining: {', '.join(leaving)}", highlight=False)
+    if not wait:
+        return
+    until = time.monotonic() + timeout
+    while (there := read_alive(client, leaving)) and time.monotonic() < until:
+        time.sleep(_LOOK_EVERY_S)
+    if there:
+        _err.print(f"Not gone after {timeout:g} s: {', '.join(sorted(there))}", highlight=False)
+        sys.exit(1)
+    _out.print("Gone")
 
 
 # --- Jobs -------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """
 Runs the processes of one box side by side: Redis, router, worker, Flower; restarts what dies, ends in order.
+
+A program that ends with code 0 was told to, and stays away: a drained worker is not wanted back.
 """
 
 from __future__ import annotations
@@ -97,6 +99,7 @@ class _Running:
         self._log_dir = log_dir
         self._pause_s = _FIRST_PAUSE_S
         self._start_at: float | None = None
+        self._left = False
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -120,7 +123,11 @@ class _Running:
 
     def revive(self, *, now: float) -> None:
         code = self.process.poll()
-        if code is None:
+        if code is None or self._left:
+            return
+        if code == 0:  # it was told to stop: drained, or by a signal
+            self._left = True
+            logger.info("supervisor.left", program=self._program.name)
             return
         if self._start_at is None:
             if now - self._started > _HEALTHY_S:

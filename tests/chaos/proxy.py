@@ -1,5 +1,5 @@
 """
-A network that can be cut: forwards TCP connections to one port of the loopback until it is told to hold everything.
+A network that can be cut or slow: forwards TCP connections to one port of the loopback, as it is told.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._whole = asyncio.Event()
         self._whole.set()
+        self._delay_s = 0.0
         self._pumps: set[asyncio.Task[None]] = set()
         threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True).start()
         server = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._accept, "127.0.0.1", 0), self._loop)
@@ -36,14 +37,19 @@ class Proxy:
         """Forward what was held, and all that comes."""
         self._loop.call_soon_threadsafe(self._whole.set)
 
+    def slow(self, seconds: float) -> None:
+        """Forward everything *seconds* later, from now on."""
+        self._delay_s = seconds
+
     def close(self) -> None:
         """Drop every connection and stop listening."""
 
         async def end() -> None:
             self._server.close()
-            for pump in list(self._pumps):
-                pump.cancel()
-            await asyncio.gather(*self._pumps, return_exceptions=True)
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -64,6 +70,7 @@ class Proxy:
         try:
             with suppress(OSError):
                 while data := await reader.read(65536):
+                    await asyncio.sleep(self._delay_s)
                     await self._whole.wait()
                     writer.write(data)
                     await writer.drain()

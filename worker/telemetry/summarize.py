@@ -65,7 +65,7 @@ def summarize(
 
 def _state(residency: Residency, backlog: Backlog, switches: Sequence[SwitchRecord], *, stopping: bool) -> WorkerState:
     if stopping:
-        return WorkerState.STOPPING
+        return WorkerState.DRAINING
     if residency.switching is not None:
         return WorkerState.SWITCHING if switches else WorkerState.STARTING
     if not residency.ready_models and not switches:

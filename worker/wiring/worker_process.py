@@ -7,9 +7,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+
+from redis.exceptions import RedisError
 
 from common import keys
 from common.celery_app import create_app
@@ -228,12 +230,18 @@ class _Worker:
             self._switcher.close()
             if self._stand_in is not None:
                 self._stand_in.engine.close()
-            self._status.goodbye(self._name)
+            with suppress(RedisError, OSError):  # Redis is away: the status runs out by itself
+                self._status.goodbye(self._name)
 
     def _leave(self) -> None:
-        """Called from a signal handler: ending the switch under way takes a moment, so on a thread of its own."""
+        """Ending the switch under way takes a moment, so on a thread of its own."""
         self._world.stopping = True
-        threading.Thread(target=self._switcher.abandon, name="abandon-switch", daemon=True).start()
+        threading.Thread(target=self._abandon, name="abandon-switch", daemon=True).start()
+
+    def _abandon(self) -> None:
+        self._switcher.abandon()
+        with suppress(RedisError, OSError):  # nobody can be told
+            self._world.publish_now()
 
     def _stage_changed(self) -> None:
         self._heart.wake()

@@ -54,8 +54,8 @@ def waits(count: int) -> Backlog:
         (READY, {"switches": (ENDED,), "backlog": waits(1)}, WorkerState.SERVING),
         (BUSY, {"switches": (ENDED,)}, WorkerState.SERVING),
         (NOTHING, {"switches": (ENDED,)}, WorkerState.IDLE),  # it failed, or its engine died
-        (BUSY, {"switches": (ENDED,), "stopping": True}, WorkerState.STOPPING),
-        (replace(READY, switching=SWITCHING), {"stopping": True}, WorkerState.STOPPING),
+        (BUSY, {"switches": (ENDED,), "stopping": True}, WorkerState.DRAINING),
+        (replace(READY, switching=SWITCHING), {"stopping": True}, WorkerState.DRAINING),
     ],
 )
 def test_what_the_worker_does_now(residency: Residency, facts: dict[str, Any], state: WorkerState) -> None:
