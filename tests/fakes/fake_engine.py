@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import signal
 import socket
@@ -27,18 +28,8 @@ def main() -> None:
             options = _parser().parse_args(["--uds", options.uds])  # behaves from the second start on
         else:
             options.only_first.touch()
-    if options.ignore_sigterm:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if options.spawn_child:
-        subprocess.Popen([sys.executable, "-I", "-S", "-c", STUBBORN])
-    if options.killed_on_load:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if options.out_of_memory:
-        print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", flush=True)
-        sys.exit(1)
-    if options.die_on_load:
-        print("ValueError: the weights are not here", flush=True)
-        sys.exit(3)
+    kept = take(options)  # noqa: F841 - held until the end
+    die(options)
     time.sleep(600 if options.hang_on_load else options.load_seconds)
     if options.half_open:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -47,6 +38,37 @@ def main() -> None:
             time.sleep(600)
     with Server(options.uds, handler(options)) as server:
         server.serve_forever()
+
+
+def take(options: argparse.Namespace) -> mmap.mmap | None:
+    """Be what is hard to end, and take what is hard to give back."""
+    if options.ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if options.spawn_child:
+        subprocess.Popen([sys.executable, "-I", "-S", "-c", STUBBORN])
+    if options.memory_not_freed is not None:
+        with options.memory_not_freed.open("a") as card:
+            card.write(f"{os.getpid()}\n")
+    return None if options.shared_memory is None else share(options.shared_memory)
+
+
+def die(options: argparse.Namespace) -> None:
+    """End while loading, in one of three ways."""
+    if options.killed_on_load:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if options.out_of_memory:
+        print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", flush=True)
+        sys.exit(1)
+    if options.die_on_load:
+        print("ValueError: the weights are not here", flush=True)
+        sys.exit(3)
+
+
+def share(file: Path) -> mmap.mmap:
+    """Hold a page of shared memory, as vLLM does to talk to its workers; nothing here removes it at the end."""
+    with file.open("wb+") as shared:
+        shared.truncate(mmap.PAGESIZE)
+        return mmap.mmap(shared.fileno(), mmap.PAGESIZE)
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
@@ -125,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--uds", required=True)
     parser.add_argument("--load-seconds", type=float, default=0.0)
     parser.add_argument("--only-first", type=Path, help="misbehave at the first start only; this file remembers it")
+    parser.add_argument("--shared-memory", type=Path, help="a file in /dev/shm to hold")
+    parser.add_argument("--memory-not-freed", type=Path, help="a card, as a file: its pid stays there after its end")
     loads = ("hang-on-load", "die-on-load", "out-of-memory", "killed-on-load")
     answers = ("half-open", "mute", "wrong-canary", "wrong-answer", "fail")
     for flag in (*loads, *answers, "ignore-sigterm", "spawn-child"):

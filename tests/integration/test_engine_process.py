@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 
 from common.errors import BadSetting, LoadFailed
 from tests.waiting import eventually
+from worker.engines import guard
 from worker.engines.process import EngineProcess, Launch
 
 FAKES = Path(__file__).parents[1] / "fakes"
@@ -53,6 +56,20 @@ def running(pids: tuple[int, ...]) -> list[int]:
             return False
 
     return [pid for pid in pids if runs(pid)]
+
+
+def start_owner(run_dir: Path, *flags: str) -> tuple[subprocess.Popen[str], tuple[int, ...]]:
+    """Start a worker in small with one fake engine; gives its process, and the pids of the engine's tree."""
+    owner = subprocess.Popen(
+        [sys.executable, str(FAKES / "engine_owner.py"), str(run_dir), *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert owner.stdout is not None
+    pids = tuple(int(pid) for pid in owner.stdout.readline().split())
+    owner.stdout.close()
+    return owner, pids
 
 
 def wait_gone(pids: tuple[int, ...]) -> None:
@@ -104,18 +121,10 @@ def test_stop_ends_a_tree_whose_guard_hangs(start: Start) -> None:
 @pytest.mark.parametrize("flags", [(), ("--ignore-sigterm", "--spawn-child")])
 def test_kill_9_of_the_worker_ends_the_tree(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """The guard sees its pipe close and ends every process, and removes the folder."""
-    owner = subprocess.Popen(
-        [sys.executable, str(FAKES / "engine_owner.py"), str(tmp_path), *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert owner.stdout is not None
-    pids = tuple(int(pid) for pid in owner.stdout.readline().split())
+    owner, pids = start_owner(tmp_path, *flags)
 
     owner.kill()
     owner.wait()
-    owner.stdout.close()
 
     wait_gone(pids)
     assert [path.name for path in tmp_path.iterdir()] == ["fake.log"]
@@ -134,6 +143,60 @@ def test_kill_9_of_the_guard_ends_the_tree(start: Start, tmp_path: Path, flags: 
     assert process.wait_gone(ORPHAN_GONE_S)
     assert not process.alive
     assert [path.name for path in tmp_path.iterdir()] == ["fake.log"]
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A name in shared memory that nobody has yet."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no /dev/shm on this system")
+    file = Path(f"/dev/shm/shiftworker-test-{uuid.uuid4().hex}")
+    yield file
+    file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill -9 of the guard", "kill -9 of the worker"])
+def test_shared_memory_goes_with_the_tree(start: Start, shared: Path, tmp_path: Path, end: str) -> None:
+    """It would be held until the machine restarts: nobody who is killed removes it himself."""
+    flags = ("--ignore-sigterm", f"--shared-memory={shared}")
+    if end == "kill -9 of the worker":
+        owner, pids = start_owner(tmp_path, *flags)
+        assert shared.exists()
+        owner.kill()
+        owner.wait()
+        wait_gone(pids)
+    else:
+        process = start(*flags)
+        process.wait_ready(timeout_s=20)
+        assert shared.exists()
+        if end == "stop":
+            process.stop(timeout_s=10)
+        else:
+            os.kill(process.pids()[0], signal.SIGSTOP)  # it can do nothing, so the worker must
+            process.stop(timeout_s=10)
+
+    eventually(lambda: not shared.exists(), within_s=ORPHAN_GONE_S)
+
+
+def test_shared_memory_that_another_process_holds_stays_with_it(start: Start, shared: Path) -> None:
+    """Whoever ends last takes it along."""
+    first, last = start(f"--shared-memory={shared}"), start(f"--shared-memory={shared}")
+    for process in (first, last):
+        process.wait_ready(timeout_s=20)
+
+    first.stop(timeout_s=10)
+    assert shared.exists()
+    last.stop(timeout_s=10)
+    assert not shared.exists()
+
+
+def test_shared_memory_that_was_there_before_stays(shared: Path) -> None:
+    """An engine may have been given it; what was made after the engine's start is its own."""
+    shared.write_bytes(b"somebody's")
+
+    assert guard.remove_shared({shared}, since=time.time() + 1) == ()
+    assert guard.remove_shared({shared, shared.with_name("gone")}, since=time.time() - 60) == (shared,)
+    assert not shared.exists()
 
 
 def test_kill_9_of_the_engine_ends_what_it_started(start: Start) -> None:

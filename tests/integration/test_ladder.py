@@ -141,6 +141,15 @@ def test_retry_after_a_deadline(make: Callable[..., Box], tmp_path: Path, flag: 
     assert len(processes_below(tmp_path)) == 2
 
 
+def test_a_slow_load_is_waited_for(make: Callable[..., Box]) -> None:
+    """Slow is no failure: within its deadline nothing is tried a second time."""
+    box = make({"4b": ("--load-seconds=1",)})
+    record = box.switch("4b")
+
+    assert (record.outcome, record.attempts) == ("ready", 1)
+    assert record.stages["loading"] > 1
+
+
 @pytest.mark.parametrize("flag", BREAKS)
 def test_previous_model(make: Callable[..., Box], flag: str) -> None:
     """What breaks every time is left alone with its reason, and the model that was there is back."""
@@ -205,28 +214,28 @@ def test_smaller_plan(make: Callable[..., Box], tmp_path: Path, flag: str, says:
     assert "smaller than planned" in record.reason
 
 
-def test_memory_that_is_not_freed(make: Callable[..., Box]) -> None:
+def test_memory_that_is_not_freed(make: Callable[..., Box], tmp_path: Path) -> None:
     """
     The driver still counts the ended engine's process: the next load waits, then begins with an alert.
 
-    A stub of the machine says what NVML says then: the pids are those of the engine that really ran and has ended.
+    The card is a file in which the engine notes its pid, and which nobody clears when it ends.
     """
-    held: dict[int, int] = {}
+    noted = tmp_path / "card"
+
+    def machine() -> Machine:
+        pids = noted.read_text().split() if noted.exists() else []
+        return card(free_gib=24 - 20 * len(pids), processes=dict.fromkeys(map(int, pids), 20 * GIB))
+
     plans = {name: make_placement(name, gpus=(0,)) for name in ("big", "other")}
-    box = make(
-        {},
-        placements=plans,
-        machine=lambda: card(free_gib=24 - sum(held.values()) / GIB, processes=held),
-    )
+    box = make({"big": ("--memory-not-freed", str(noted))}, placements=plans, machine=machine)
     box.switch("big")
-    engine_pid = box.engine.ensure_ready(plans["big"], timeout_s=5).pids[1]
-    held[engine_pid] = 20 * GIB
     record = box.switch("other")
 
     assert record.outcome == "ready"
     assert box.pauses == [0.2] * 50
+    engine_pid = noted.read_text().strip()
     assert box.board.read().unfreed == {"big": f"process {engine_pid} still holds 20.0 GiB of card 0"}
 
-    held.clear()
+    noted.unlink()
     box.switch("big")
     assert box.board.read().unfreed == {}

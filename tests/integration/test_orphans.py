@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.test_engine_process import FAKES, REPOSITORY, running
+from tests.integration.test_engine_process import running, start_owner
 from tests.waiting import eventually
 from worker.engines.orphans import Tree, claim, end_abandoned, end_orphans, members, write_down
 
@@ -25,16 +25,8 @@ class Owner:
     """A worker in small, in a process of its own, whose engine has a child that left the session."""
 
     def __init__(self, run_dir: Path, *flags: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(FAKES / "engine_owner.py"), str(run_dir), *flags],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )
-        assert self.process.stdout is not None
-        self.pids = tuple(int(pid) for pid in self.process.stdout.readline().split())
+        self.process, self.pids = start_owner(run_dir, *flags)
         self.guard, self.engine, *self.children = self.pids
-        self.process.stdout.close()
 
     def kill_with_guard(self) -> None:
         """Kill -9 of both; neither can do anything any more once the other one is gone."""

@@ -6,7 +6,7 @@ The parent of every engine process tree: when its worker goes, or says so, nothi
 A program of its own, standard library only. Its standard input is a pipe whose other end only the worker
 holds: end of file means that the worker is gone, however it went, `kill -9` included. On end of file, on
 SIGTERM, or when the command ends, the guard ends every process below it (SIGTERM, then SIGKILL), removes
-FOLDER (the socket and the temporary files) and exits with the command's code.
+FOLDER (the socket and the temporary files) and what they left in shared memory, and exits with the command's code.
 
 | goes                 | noticed through                         | the rest is ended by                      |
 | -------------------- | --------------------------------------- | ----------------------------------------- |
@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,6 +39,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main(folder: str, command: list[str]) -> int:
     """Run *command*, end everything below it, remove *folder*; returns the exit code to hand on."""
+    began = time.time()
     told: list[int] = []  # the signals that asked us to end
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -57,7 +59,7 @@ def main(folder: str, command: list[str]) -> int:
         if 0 in readable:
             break
 
-    ended = _end_all(child)
+    ended = _end_all(child, since=began)
     shutil.rmtree(folder, ignore_errors=True)
     return code if code is not None else ended
 
@@ -78,16 +80,18 @@ def _spawn(command: list[str]) -> int:
     os._exit(127)
 
 
-def _end_all(child: int) -> int:
-    """End *child*, its group and every descendant; returns the child's exit code."""
+def _end_all(child: int, *, since: float) -> int:
+    """End *child*, its group and every descendant, and what they shared; returns the child's exit code."""
     code = 128 + signal.SIGKILL
     kill_at = time.monotonic() + GRACE_S
+    shared = shared_by(_descendants())
     _signal_tree(child, signal.SIGTERM)
     while True:
         try:
             code = _reap(raise_when_none=True).get(child, code)
         except ChildProcessError:
             # No child left. Orphans become our children, so this also means: no descendant left.
+            remove_shared(shared, since=since)
             return code
         if time.monotonic() >= kill_at:
             # Again and again: a process may fork while we look.
@@ -107,11 +111,7 @@ def _signal_tree(child: int, number: int) -> None:
 def _descendants() -> list[int]:
     """Every process below us, by /proc; empty on a system without it (there the process group must do)."""
     children: dict[int, list[int]] = {}
-    try:
-        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    except OSError:
-        return []
-    for pid in pids:
+    for pid in _everybody():
         try:
             # The name, in parentheses, may hold anything; after it come the state and the parent.
             parent = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
@@ -125,6 +125,54 @@ def _descendants() -> list[int]:
         found += below
         waiting += below
     return found
+
+
+def shared_by(pids: Iterable[int]) -> set[Path]:
+    """
+    Find the files of shared memory that any of *pids* has in its memory, and that still have a name.
+
+    Whoever ends by itself removes its own; with SIGKILL nobody does, and such a file holds its bytes until the machine
+    restarts. On Linux they lie in /dev/shm; elsewhere none is found.
+    """
+    found: set[Path] = set()
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
+        except OSError:
+            continue  # it ended while we looked, or is another user's
+        # Address, permissions, offset, device and inode; then the path, which may hold blanks.
+        paths = (os.fsdecode(line.split(maxsplit=5)[-1]) for line in lines if b" /dev/shm/" in line)
+        found.update(Path(path) for path in paths if not path.endswith(" (deleted)"))
+    return found
+
+
+def remove_shared(files: Iterable[Path], *, since: float) -> tuple[Path, ...]:
+    """
+    Remove those of *files* that their dead owners left; returns which.
+
+    Only files of this user that were made after *since* (Unix seconds), and that no process has in its memory any more:
+    another program may have been given them.
+    """
+    found = {file for file in files if _is_ours(file, since)}
+    left = sorted(found - shared_by(_everybody())) if found else []
+    for file in left:
+        file.unlink(missing_ok=True)
+    return tuple(left)
+
+
+def _is_ours(file: Path, since: float) -> bool:
+    try:
+        about = file.lstat()
+    except OSError:
+        return False
+    return about.st_uid == os.geteuid() and about.st_ctime >= since
+
+
+def _everybody() -> list[int]:
+    try:
+        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    except OSError:
+        return []  # a system without it
 
 
 def _reap(*, raise_when_none: bool = False) -> dict[int, int]:

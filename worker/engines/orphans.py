@@ -145,18 +145,20 @@ def _runs(process: psutil.Process) -> bool:
 
 def _end(tree: Tree, folder: Path, timeout_s: float) -> list[int]:
     """
-    End *tree* and remove *folder*; returns the pids that were ended.
+    End *tree* and remove *folder*, and what it left in shared memory; returns the pids that were ended.
 
     SIGTERM, then SIGKILL again and again: a process may fork while we look.
     """
     began = time.monotonic()
     told: set[psutil.Process] = set()
+    shared: set[Path] = set()
     while left := members(tree, folder):
         waited = time.monotonic() - began
         if waited >= timeout_s:
             pids = sorted(process.pid for process in left)
             logger.error("engines.orphans_remain", folder=str(folder), pids=pids, after_s=timeout_s)
             return sorted(process.pid for process in told - left)
+        shared |= guard.shared_by(process.pid for process in left)
         for process in left:
             with suppress(psutil.Error):
                 if waited >= 2 * guard.GRACE_S:  # a guard that lives has ended them by then
@@ -165,6 +167,7 @@ def _end(tree: Tree, folder: Path, timeout_s: float) -> list[int]:
                     process.terminate()
         told |= left
         time.sleep(POLL_S)
+    guard.remove_shared(shared, since=tree.started - _SAME_START_S)
     shutil.rmtree(folder, ignore_errors=True)
     return sorted(process.pid for process in told)
 

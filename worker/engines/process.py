@@ -64,8 +64,10 @@ class EngineProcess:
         self.asked_to_stop = False
         self._deaf = False
         self._known: set[psutil.Process] = set()
+        self._shared: set[Path] = set()  # files of shared memory, noted early: killed with its guard, nobody shows them
         self._gone = threading.Event()  # no process of the tree is left
 
+        self._began = time.time()
         launched = launch(self.socket)
         self._claim = claim(self._folder)
         temporary = self._folder / "tmp"
@@ -159,6 +161,7 @@ class EngineProcess:
                         f"{self.name} did not become ready within {timeout_s:.1f} s. {explain_failure(self.tail())} "
                         f"Its whole log: {self.log}. If it was only slow, raise SWITCH_TIMEOUT_S."
                     )
+        self._note_shared(self._tree())
         self.ready = True
 
     def ask_to_stop(self) -> None:
@@ -177,6 +180,7 @@ class EngineProcess:
         """
         deadline = time.monotonic() + timeout_s
         self._known.update(self._tree())
+        self._note_shared(self._known)
         self.ask_to_stop()
         if not self._gone.wait(min(2 * guard.GRACE_S, timeout_s / 2)):
             self._guard.kill()  # it hangs; the watcher ends the rest
@@ -192,17 +196,22 @@ class EngineProcess:
         """Wait for the guard; whatever it could not end (it may have been killed itself) is ended here."""
         self._guard.wait()
         while lost := _running(self._known | self._members()):
+            self._note_shared(lost)
             for process in lost:
                 try:
                     process.kill()
                 except psutil.Error:
                     continue
             time.sleep(POLL_S)
+        guard.remove_shared(self._shared, since=self._began)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._claim.close()
         if self._guard.stdin is not None:
             self._guard.stdin.close()
         self._gone.set()
+
+    def _note_shared(self, processes: Iterable[psutil.Process]) -> None:
+        self._shared |= guard.shared_by(process.pid for process in processes)
 
     def _tree(self) -> list[psutil.Process]:
         try:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from worker.engines import vllm_child
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
+from worker.engines.reap import ended_children
 
 _BACKLOG = 8
 _ORDER_TIMEOUT_S = 5.0  # the worker sends it with the connection
@@ -69,15 +70,11 @@ def _wake_on_sigchld() -> int:
 
 
 def _tell_who_ended(engines: dict[int, socket.socket]) -> None:
-    while engines:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == 0:
-            return
+    for pid, code in ended_children():
         if (connection := engines.pop(pid, None)) is not None:
-            code = os.waitstatus_to_exitcode(status)
             connection.setblocking(False)  # a worker that does not read is no reason to wait
             with contextlib.suppress(OSError):
-                connection.send(pack(Frame(Kind.ENDED, body=str(code if code >= 0 else 128 - code).encode())))
+                connection.send(pack(Frame(Kind.ENDED, body=str(code).encode())))
             connection.close()
 
 

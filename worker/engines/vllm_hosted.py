@@ -11,13 +11,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from common.errors import EngineDied, EngineFailed, EngineTimeout, LoadFailed, OutOfMemory
+from worker.engines import guard
 from worker.engines.base import Loaded
 from worker.engines.channel import Frame, Kind, Order
 from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory
@@ -43,6 +44,8 @@ class HostedEngine:
         self._kill_asked = threading.Event()
         self._folder: Path | None = None
         self._process: psutil.Process | None = None
+        self._began = time.time()
+        self._shared: set[Path] = set()  # files of shared memory; noted while it lives
         self._news: queue.SimpleQueue[Frame] = queue.SimpleQueue()  # of the load: READY, FAILED, ENDED
 
     @property
@@ -85,6 +88,7 @@ class HostedEngine:
                     f"Its whole log: {self.log}. If it was only slow, raise SWITCH_TIMEOUT_S."
                 ) from None
             if news.kind == Kind.READY:
+                self._note_shared(self._tree())
                 self.ready = True
                 return
             if news.kind == Kind.FAILED:
@@ -149,6 +153,7 @@ class HostedEngine:
         """
         deadline = time.monotonic() + timeout_s
         tree = self._tree()
+        self._note_shared(tree)
         self.kill()
         if self.link is not None:
             self.link.wait_gone(timeout_s)  # also a process that we do not know yet: it is killed as it says its pid
@@ -161,6 +166,7 @@ class HostedEngine:
                 "after SIGKILL. A process that cannot be killed waits for a driver or a disk: look at dmesg; "
                 "the machine may need a restart."
             )
+        guard.remove_shared(self._shared, since=self._began)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -204,6 +210,9 @@ class HostedEngine:
                 return log.read(_LOG_BYTES).decode(errors="replace")
         except OSError:
             return ""
+
+    def _note_shared(self, processes: Iterable[psutil.Process]) -> None:
+        self._shared |= guard.shared_by(process.pid for process in processes)
 
     def _tree(self) -> list[psutil.Process]:
         try:
