@@ -25,7 +25,9 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   ├── JobCancelled            somebody cancelled it
     │   ├── DeadlineExceeded        its deadline passed
     │   └── TimeLimitExceeded       it took longer in the engine than it may
-    ├── AttemptsExhausted       the engine died under the job too often: set aside
+    ├── SetAside                the job lies in the dead-letter queue: `shiftworker dead retry ID` runs it again
+    │   ├── AttemptsExhausted       it failed as often as is allowed, in engines that lived on
+    │   └── PoisonJob               its engine died whenever it was alone there
     ├── AnswerDropped           the job was answered, and the answer has made room for newer ones
     ├── InternalError           a fault of ours; the worker's log has the traceback
     └── Misconfigured           the operator must change something first
@@ -158,8 +160,16 @@ class TimeLimitExceeded(Stopped):
     """The job took longer in the engine than its own time limit allows; it was stopped there."""
 
 
-class AttemptsExhausted(ShiftworkerError):
-    """The engine died under this job as often as is allowed; it is not tried again."""
+class SetAside(ShiftworkerError):
+    """The job lies in the dead-letter queue until somebody retries or drops it."""
+
+
+class AttemptsExhausted(SetAside):
+    """The job failed as often as is allowed, in engines that lived on."""
+
+
+class PoisonJob(SetAside):
+    """The engine died under this job, and nobody else was there."""
 
 
 class AnswerDropped(ShiftworkerError):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from common.may_enter import Entry, Held, Taken
 from common.retell import retell
-from common.schemas import Fault, JobState, JobView, Outcome, Route, StreamEvent, utc_now
+from common.schemas import DeadLetter, Fault, JobState, JobView, Outcome, Route, StreamEvent, utc_now
 
 
 class JobStore(Protocol):
@@ -78,6 +78,10 @@ class JobStore(Protocol):
         """
         ...
 
+    def set_aside(self, outcome: Outcome, letter: DeadLetter) -> Outcome:
+        """`finish`, and keep the *letter* where an operator finds it, unless there was another outcome before."""
+        ...
+
     def outcome(self, job_id: str) -> Outcome | None:
         """The outcome of record, if the job has ended and is not forgotten yet."""
         ...
@@ -108,6 +112,7 @@ class MemoryJobStore:
         self._held: dict[str, Entry] = {}
         self._keys: dict[tuple[str, str | None], tuple[str, str]] = {}  # tenant, key -> job, its body's digest
         self.webhooks: dict[str, str] = {}  # those that are owed
+        self.dead: dict[str, DeadLetter] = {}
         self._streams: dict[str, list[StreamEvent]] = {}
         self._positions = 0  # of all streams' events: the number of the last
 
@@ -195,6 +200,13 @@ class MemoryJobStore:
                     self._add(outcome.job_id, kind="chunk", attempt=attempt, chunk=retell(outcome.response or {}))
                 self._add(outcome.job_id, kind="end", state=outcome.state)
             return self._outcomes.setdefault(outcome.job_id, outcome)
+
+    def set_aside(self, outcome: Outcome, letter: DeadLetter) -> Outcome:
+        """See JobStore."""
+        kept = self.finish(outcome)
+        if kept == outcome:
+            self.dead[outcome.job_id] = letter
+        return kept
 
     def outcome(self, job_id: str) -> Outcome | None:
         """See JobStore."""

@@ -87,9 +87,9 @@ def backlog_messages(queue: str) -> str:
 
 def job(job_id: str) -> str:
     """
-    Hash: state, end (set with the outcome), model, complexity, why, queued_at, attempts, claim (a tag), faults (each a
-    Fault as JSON, on a line of its own), stream (set if the job streams), webhook (how the call stands: due, delivered,
-    or why it was given up).
+    Hash: state, end (set with the outcome), dead (set if it was set aside), model, complexity, why, queued_at,
+    attempts, claim (a tag), faults (each a Fault as JSON, on a line of its own), stream (set if the job streams),
+    webhook (how the call stands: due, delivered, or why it was given up).
     """
     return f"{_PREFIX}job:{job_id}"
 
@@ -128,6 +128,8 @@ DEADLINES: Final = f"{_PREFIX}deadlines"  # sorted set: a job that has not ended
 TENANTS: Final = f"{_PREFIX}tenants"  # hash: "jobs T", "bytes T", "ended T", "gap T" of each tenant T in `held`
 KEPT: Final = f"{_PREFIX}kept"  # sorted set: "<bytes> <state> <job id>" of each outcome, by the time of its end
 KEPT_BYTES: Final = f"{_PREFIX}kept-bytes"  # integer: the sum of those bytes
+DEAD: Final = f"{_PREFIX}dead"  # sorted set: id of each job that was set aside, by when
+DEAD_LETTERS: Final = f"{_PREFIX}dead-letters"  # hash: job id -> DeadLetter as JSON, packed as outcomes are
 WEBHOOKS: Final = f"{_PREFIX}webhooks"  # sorted set: job id of each webhook that is owed, by when the next call is due
 WEBHOOK_CALLS: Final = f"{_PREFIX}webhook-calls"  # hash: job id -> url, calls (how many), since, as JSON
 

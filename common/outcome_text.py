@@ -21,8 +21,11 @@ def pack(text: str) -> str:
     return min(text, packed, key=len)
 
 
+def unpack(text: str) -> str | bytes:
+    """Give the JSON that is kept as *text*."""
+    return zlib.decompress(base64.b64decode(text.removeprefix(_PACKED))) if text.startswith(_PACKED) else text
+
+
 def read_outcome(text: str) -> Outcome:
     """Give the outcome that is kept as *text*."""
-    if text.startswith(_PACKED):
-        return Outcome.model_validate_json(zlib.decompress(base64.b64decode(text.removeprefix(_PACKED))))
-    return Outcome.model_validate_json(text)
+    return Outcome.model_validate_json(unpack(text))

@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from common import keys
+from common.dead_letters import SET_ASIDE, set_aside_args, set_aside_keys
 from common.job_ends import END, HOLD, end_args, end_keys, hold_args, read_refusal
 from common.may_enter import Entry, Held, Taken
 from common.outcome_text import read_outcome
 from common.redis_client import RedisClient
 from common.retell import retell
-from common.schemas import Fault, JobState, JobView, Outcome, Route, utc_now
+from common.schemas import DeadLetter, Fault, JobState, JobView, Outcome, Route, utc_now
 
 # A stream that is longer loses its first events; the writers add 20 in a second, so that is a run of 16 minutes.
 STREAM_LENGTH = 20_000
@@ -98,6 +99,7 @@ class RedisJobStore:
         self._hand_back = client.register_script(_HAND_BACK)
         self._add_fault = client.register_script(_ADD_FAULT)
         self._finish = client.register_script(_FINISH)
+        self._set_aside = client.register_script(SET_ASIDE)
 
     def note_queued(self, job_id: str) -> None:
         """See JobStore."""
@@ -160,6 +162,14 @@ class RedisJobStore:
         stored = end()
         if stored == "":
             stored = end(json.dumps(retell(outcome.response or {})))
+        return outcome if stored is None else read_outcome(stored)
+
+    def set_aside(self, outcome: Outcome, letter: DeadLetter) -> Outcome:
+        """See JobStore."""
+        args = end_args(outcome, ttl_s=self._ttl_s, max_bytes=self._max_bytes)
+        stored = self._set_aside(
+            keys=[*end_keys(outcome.job_id), *set_aside_keys()], args=[*args, *set_aside_args(letter)]
+        )
         return outcome if stored is None else read_outcome(stored)
 
     def outcome(self, job_id: str) -> Outcome | None:

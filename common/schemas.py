@@ -337,6 +337,17 @@ class Fault(_Stored):
     )
 
 
+class DeadLetter(_Stored):
+    """A job that was set aside: all that is needed to understand it, and to run it again."""
+
+    job_id: str
+    at: AwareDatetime
+    model: str | None
+    error: ErrorBody
+    faults: tuple[Fault, ...]
+    body: dict[str, Any] = Field(description="the request, as it was sent")
+
+
 class JobView(_Stored):
     """What is known of a job that may not have ended yet."""
 

@@ -53,7 +53,8 @@ _SETTINGS = {
     "SWITCH_DRAIN_S": "5",
     "SWITCH_TIMEOUT_S": "20",
     "SWITCH_QUARANTINE_S": "1",
-    "JOB_MAX_ATTEMPTS": "100",  # how often an engine may die under one job is another test's question
+    "JOB_MAX_ATTEMPTS": "100",  # what fails under one job, and how often, is another test's question
+    "JOB_MAX_DEATHS": "100",
     "LOG_FORMAT": "json",
     "CHAOS_RUN_S": str(RUN_S),
 }

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from common import keys
+from common.dead_letters import DeadLetters
 from common.errors import AttemptsExhausted, JobCancelled, NotEndedYet
 from common.job_store import JobStore, MemoryJobStore
 from common.job_stream import read_stream
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody, Fault, JobState, JobView, Ledger, Outcome, Route, StreamEvent, utc_now
+from common.schemas import DeadLetter, ErrorBody, Fault, JobState, JobView, Ledger, Outcome, Route, StreamEvent, utc_now
 
 TTL_S = 100.0
 ROUTE = Route(model="small", complexity=0.25, why="simple enough")
@@ -33,6 +34,7 @@ class Kind:
     fly: Callable[[str], object]  # a message with this tag is being worked on
     land: Callable[[str], object]  # it is acknowledged, or given back
     stream: Callable[[str], Sequence[StreamEvent]]  # what is on the job's stream now
+    dead: Callable[[str], DeadLetter | None]  # its letter in the dead-letter queue
 
     def heard(self, job_id: str = "1") -> list[tuple[str, Any]]:
         """The stream's events, each with the attempt, the text or the state that makes it what it is."""
@@ -48,13 +50,14 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     if request.param == "memory":
         tags: set[str] = set()
         memory = MemoryJobStore(tags.__contains__)
-        return Kind(store=memory, fly=tags.add, land=tags.discard, stream=memory.stream)
+        return Kind(store=memory, fly=tags.add, land=tags.discard, stream=memory.stream, dead=memory.dead.get)
     client: RedisClient = request.getfixturevalue("redis_client")
     return Kind(
         store=RedisJobStore(client, ttl_s=TTL_S),
         fly=lambda tag: client.hset(keys.UNACKED, tag, "[]"),
         land=lambda tag: client.hdel(keys.UNACKED, tag),
         stream=lambda job_id: stream_in(client, job_id),
+        dead=DeadLetters(client).find,
     )
 
 
@@ -248,6 +251,34 @@ def test_faults_are_kept_by_job(store: JobStore) -> None:
     assert store.add_fault("1", second) == (first, second)
     assert store.view("1").faults == (first, second)
     assert store.view("2").faults == ()
+
+
+LETTER = DeadLetter(
+    job_id="1",
+    at=utc_now(),
+    model="small",
+    error=ErrorBody.of(AttemptsExhausted("Five times.")),
+    faults=(fault(company=7), fault(company=1)),
+    body={"messages": [{"role": "user", "content": "ä" * 10_000}]},
+)
+
+
+def test_a_job_that_is_set_aside_leaves_a_letter(kind: Kind) -> None:
+    """Together with its outcome, which is as final as any."""
+    kind.store.begin("1", delivery="tag")
+    assert kind.store.set_aside(SET_ASIDE, LETTER) == SET_ASIDE
+
+    assert kind.dead("1") == LETTER
+    assert kind.dead("2") is None
+    assert kind.store.outcome("1") == SET_ASIDE
+    assert kind.store.finish(answered()) == SET_ASIDE
+
+
+def test_a_job_that_had_ended_is_not_set_aside(kind: Kind) -> None:
+    """Another attempt has answered it meanwhile."""
+    kind.store.finish(answered())
+    assert kind.store.set_aside(SET_ASIDE, LETTER) == answered()
+    assert kind.dead("1") is None
 
 
 def says(text: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ What becomes of a job whose attempt gave no answer? It ends with an error, or th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import inf
@@ -11,9 +12,11 @@ from math import inf
 from common.errors import (
     AttemptsExhausted,
     DeadlineExceeded,
+    EngineDied,
     EngineNotReady,
     EngineTimeout,
     JobCancelled,
+    PoisonJob,
     PromptTooLong,
     ShiftworkerError,
     TimeLimitExceeded,
@@ -23,6 +26,7 @@ from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import ErrorBody, Fault, JobRequest, JobState, Ledger, Outcome, utc_now
 from worker.engines.base import JobStopped, StopSignal
+from worker.jobs.isolate import Again, isolate
 from worker.residency.board import ResidencyBoard
 
 logger = get_logger(__name__)
@@ -51,7 +55,21 @@ class JobLimits:
     """What one job may take."""
 
     timeout_s: float  # in the engine, per attempt
-    max_attempts: int  # engine deaths and hangs under one job
+    max_attempts: int  # that failed in an engine which lived on
+    max_deaths: int = 2  # of an engine with this job alone in it
+    first_pause_s: float = 1.0  # before the attempt after one that failed; doubles
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attempt:
+    """An attempt that gave no answer."""
+
+    job_id: str
+    request: JobRequest
+    ledger: Ledger
+    stop: StopSignal
+    number: int | None  # None = it had not begun
+    company: int | None  # how many were in the engine when it died; None = it did not
 
 
 class Failures:
@@ -62,18 +80,13 @@ class Failures:
         self._board = board
         self._limits = limits
 
-    def end_of(
-        self,
-        job_id: str,
-        request: JobRequest,
-        ledger: Ledger,
-        stop: StopSignal,
-        error: ShiftworkerError | JobStopped,
-        *,
-        attempt: int | None,
-    ) -> ShiftworkerError:
+    def company(self, faults: Sequence[Fault]) -> int | None:
+        """How many may be in the engine with a job that has these faults, itself counted; None = any number."""
+        return self._isolate(faults).company
+
+    def end_of(self, attempt: Attempt, error: ShiftworkerError | JobStopped) -> ShiftworkerError:
         """
-        Give the error that the job ends with. *attempt* is None if it had not begun.
+        Give the error that the job ends with.
 
         Raises
         ------
@@ -81,65 +94,92 @@ class Failures:
             It does not end: there will be another attempt.
         """
         if isinstance(error, EngineNotReady):
-            stop.wait(NOT_READY_PAUSE_S)
-            raise self._handed_back(job_id, attempt) from None
+            attempt.stop.wait(NOT_READY_PAUSE_S)
+            raise self._handed_back(attempt) from None
         if isinstance(error, JobStopped):
-            return self._stopped(job_id, error.reason, attempt)
+            return self._stopped(attempt, error.reason)
+        if isinstance(error, EngineDied) and attempt.stop.reason is not None:  # ended on purpose, its jobs told before
+            return self._stopped(attempt, attempt.stop.reason)
         if isinstance(error, Unavailable):
-            return self._fault(job_id, request, ledger, error)
+            return self._fault(attempt, error)
         if isinstance(error, PromptTooLong):
-            return self._too_long(job_id, ledger, error)
+            return self._too_long(attempt, error)
         return error
 
-    def _fault(self, job_id: str, request: JobRequest, ledger: Ledger, error: Unavailable) -> ShiftworkerError:
+    def _fault(self, attempt: Attempt, error: Unavailable) -> ShiftworkerError:
         """What an engine's death or silence means for the job: another attempt, or the end."""
+        job_id, request, ledger = attempt.job_id, attempt.request, attempt.ledger
         if request.deadline is not None and utc_now() >= request.deadline:
             return expired(request.deadline, "while the engine worked on it")
         if isinstance(error, EngineTimeout) and (request.time_limit or inf) <= self._limits.timeout_s:
             return TimeLimitExceeded(
                 f"The job's time limit, {request.time_limit:g} s in the engine, is over; it was stopped there."
             )
-        attempt = ledger.attempt
-        fault = Fault(at=utc_now(), worker=ledger.worker or "", attempt=attempt, kind=error.kind, message=error.message)
-        faults = self._store.add_fault(job_id, fault)
-        if faults is None:
+        faults = self._store.add_fault(
+            job_id,
+            Fault(
+                at=utc_now(),
+                worker=ledger.worker or "",
+                attempt=ledger.attempt,
+                kind=error.kind,
+                message=error.message,
+                company=attempt.company,
+            ),
+        )
+        if faults is None:  # another attempt has begun since
             raise HandBack
-        logger.warning("jobs.fault", job_id=job_id, faults=len(faults), error=error.message)
-        if len(faults) < self._limits.max_attempts:
-            raise self._handed_back(job_id, attempt)
-        return AttemptsExhausted(
-            f"The engine failed under this job {len(faults)} times, the last time with: {error.message} It is not "
-            "tried again; shorten the prompt or max_tokens, or see the worker's log for what the engine said."
+        again = self._isolate(faults)
+        logger.warning(
+            "jobs.fault", job_id=job_id, faults=len(faults), company=attempt.company, error=error.message,
+            then=again.reason,
+        )  # fmt: skip
+        if again.set_aside:
+            set_aside = AttemptsExhausted if attempt.company is None else PoisonJob
+            return set_aside(
+                f"The job was set aside: {again.reason}, the last time with: {error.message} `shiftworker dead show "
+                f"{job_id}` has its history, `shiftworker dead retry {job_id}` runs it again."
+            )
+        handed_back = self._handed_back(attempt)
+        attempt.stop.wait(again.pause_s)
+        raise handed_back
+
+    def _isolate(self, faults: Sequence[Fault]) -> Again:
+        limits = self._limits
+        return isolate(
+            faults,
+            max_attempts=limits.max_attempts,
+            max_deaths=limits.max_deaths,
+            first_pause_s=limits.first_pause_s,
         )
 
-    def _stopped(self, job_id: str, reason: str, attempt: int | None) -> ShiftworkerError:
+    def _stopped(self, attempt: Attempt, reason: str) -> ShiftworkerError:
         """What a stop means for the job."""
         if reason == "cancelled":
-            return cancelled(job_id)
+            return cancelled(attempt.job_id)
         if reason == "time limit":
             return TimeLimitExceeded("The time limit of the job's task is over; it was stopped in the engine.")
-        raise self._handed_back(job_id, attempt)
+        raise self._handed_back(attempt)
 
-    def _too_long(self, job_id: str, ledger: Ledger, error: PromptTooLong) -> PromptTooLong:
+    def _too_long(self, attempt: Attempt, error: PromptTooLong) -> PromptTooLong:
         """
         What a prompt that is too long means for the job: the end, unless its model is shorter than it was offered.
 
         Then the router knows by now, and is asked once more; the second time nobody has a longer one.
         """
-        resident = self._board.read().resident(ledger.model or "")
+        resident = self._board.read().resident(attempt.ledger.model or "")
         if resident is None or resident.max_model_len is None:
             return error
-        if ledger.attempt == 1:
-            raise RouteAgain if self._store.hand_back(job_id, attempt=1) else HandBack
+        if attempt.number == 1:
+            raise RouteAgain if self._store.hand_back(attempt.job_id, attempt=1) else HandBack
         return PromptTooLong(
             f"{error.message} For want of memory {resident.model_id} is loaded with {resident.max_model_len:,} tokens "
             "for now, fewer than it was offered with: send the job again later, or name another model."
         )
 
-    def _handed_back(self, job_id: str, attempt: int | None) -> HandBack:
-        """Let the job be begun again; if that has happened already, this process has nothing to give back."""
-        if attempt is not None:
-            self._store.hand_back(job_id, attempt=attempt)
+    def _handed_back(self, attempt: Attempt) -> HandBack:
+        """Let the job be begun again; if that has happened already, there is nothing to give back."""
+        if attempt.number is not None:
+            self._store.hand_back(attempt.job_id, attempt=attempt.number)
         return HandBack()
 
 

@@ -21,7 +21,7 @@ from common.schemas import JobRequest, Ledger, Outcome, Route, utc_now
 from worker.delivery.lane import Lane, Run
 from worker.delivery.redis_steps import Begun, Ended, RedisSteps
 from worker.engines.base import Channel, JobStopped, Read
-from worker.jobs.runner import JobRunner, Ran
+from worker.jobs.runner import JobRunner, Ran, Seat
 
 logger = get_logger(__name__)
 
@@ -38,6 +38,7 @@ class _Job:
     route: Route
     channel: Channel
     place: ExitStack  # holds its model ready
+    seat: Seat
     started: datetime = field(default_factory=utc_now)
     ledger: Ledger = field(default_factory=Ledger)
     expires_at: float = 0.0  # monotonic
@@ -101,12 +102,12 @@ class JobLane:
             if channel is None or late or self._runner.runs(run.task_id) or run.signal.reason is not None:
                 run.ordinary()
                 return None
-            place.enter_context(self._runner.enter(run.task_id, request, route, run.signal, run.delivery))
+            seat = place.enter_context(self._runner.enter(run.task_id, request, route, run.signal, run.delivery))
         except (ShiftworkerError, ValueError, TypeError):
             place.close()
             run.ordinary()
             return None
-        return _Job(run=run, request=request, route=route, channel=channel, place=place)
+        return _Job(run=run, request=request, route=route, channel=channel, place=place, seat=seat)
 
     def _begin(self, jobs: Sequence[_Job]) -> None:
         """Start an attempt of each and ask its engine."""
@@ -178,7 +179,14 @@ class JobLane:
     def _leave_the_end(self, answer: _Answer) -> None:
         """Have JobRunner end the job, with what its engine gave back."""
         job = answer.job
-        ran = Ran(job_id=job.id, request=job.request, ledger=job.ledger, stop=job.run.signal, read=answer.read)
+        ran = Ran(
+            job_id=job.id,
+            request=job.request,
+            ledger=job.ledger,
+            stop=job.run.signal,
+            read=answer.read,
+            company=job.seat.company,
+        )
         self._runner.leave_the_end(job.run.delivery, ran)
         job.run.ordinary()
 

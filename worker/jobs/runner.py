@@ -4,16 +4,16 @@ Runs one job: ended before? may it run? then generate, and store the one outcome
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from math import inf
 
-from common.errors import EngineNotReady, LoadFailed, Refused, ShiftworkerError
+from common.errors import EngineDied, EngineNotReady, LoadFailed, Refused, SetAside, ShiftworkerError
 from common.job_store import JobStore
 from common.logs import get_logger
-from common.schemas import JobRequest, JobState, Ledger, Outcome, Route, utc_now
+from common.schemas import DeadLetter, ErrorBody, Fault, JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from worker.catalog.spec import EngineKind
 from worker.engines.base import (
     Call,
@@ -30,6 +30,7 @@ from worker.engines.http import CONNECT_S
 from worker.jobs.cloud_lane import StandIn
 from worker.jobs.failures import (
     NOT_READY_PAUSE_S,
+    Attempt,
     DuplicateDelivery,
     Failures,
     HandBack,
@@ -40,6 +41,7 @@ from worker.jobs.failures import (
     outcome_of,
 )
 from worker.jobs.token_writer import TokenWriter
+from worker.jobs.usher import Usher
 from worker.residency.board import ResidencyBoard
 from worker.residency.may_leave import may_leave
 from worker.selection.placement import Placement
@@ -56,6 +58,14 @@ class _Run:
     delivery: str
 
 
+@dataclass(kw_only=True, eq=False)
+class Seat:
+    """A job's place in an engine."""
+
+    engine: Engine
+    company: int | None = None  # how many were there when the engine died; None = it did not
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ran:
     """A run that has come back from its engine, and is not stored yet."""
@@ -65,6 +75,7 @@ class Ran:
     ledger: Ledger
     stop: StopSignal
     read: Read  # gives what the engine answered, or raises
+    company: int | None  # see Seat
 
 
 class JobRunner:
@@ -93,6 +104,7 @@ class JobRunner:
         self._switch_seconds = switch_seconds
         self._stand_in = stand_in
         self._on_answer = on_answer
+        self._usher = Usher()
         self.tokens = TokenWriter(store)
         self._ran: dict[str, Ran] = {}  # by delivery
         self._running: dict[str, _Run] = {}  # by job id
@@ -119,12 +131,13 @@ class JobRunner:
         1. Has it ended already?                    Give the stored outcome: this is a second delivery.
         2. Did somebody cancel it?                  Cancelled.
         3. Has its deadline passed?                 Expired.
-        4. Is its model ready here? On its way to   If not, the message goes back.
+        4. Did its engine die under it?             It waits until it may be there in the company that it may have.
+        5. Is its model ready here? On its way to   If not, the message goes back.
            the cloud: may it leave, and does the
            endpoint take it?
-        5. Is another copy of it in flight? Of      If so, this one is dropped; a copy of the same message goes back,
+        6. Is another copy of it in flight? Of      If so, this one is dropped; a copy of the same message goes back,
            the same message, even?                  for the two are one to whoever acknowledges it.
-        6. Otherwise                                Generate, and store what came of it.
+        7. Otherwise                                Generate, and store what came of it.
 
         Raises
         ------
@@ -141,27 +154,29 @@ class JobRunner:
 
         view = self._store.view(job_id)
         attempt: int | None = None
+        seat: Seat | None = None
         started = utc_now()
         ledger = self.ledger(route, attempt=view.attempts, queued_at=view.queued_at)
 
         # (2) Cancelled. (3) Expired.
         if job_id in self._store.asked_to_cancel([job_id]):
-            return self._end(job_id, ledger, cancelled(job_id))
+            return self._end(job_id, ledger, cancelled(job_id), request)
         if request.deadline is not None and started >= request.deadline:
-            return self._end(job_id, ledger, expired(request.deadline, "while the job waited"))
+            return self._end(job_id, ledger, expired(request.deadline, "while the job waited"), request)
 
         try:
-            # (4) Its engine, ready for as long as it runs.
-            with self.enter(job_id, request, route, stop, delivery) as engine:
-                # (5) One copy at a time.
+            # (4) Its company. (5) Its engine, ready for as long as it runs.
+            with self.enter(job_id, request, route, stop, delivery, faults=view.faults) as seat:
+                # (6) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
                 if attempt is None:
                     raise DuplicateDelivery
-                # (6) Generate.
+                # (7) Generate.
+                started = utc_now()
                 ledger = self.ledger(route, attempt=attempt, queued_at=view.queued_at, started=started)
                 call = self.call(job_id, request, route, attempt=attempt, started=started)
                 try:
-                    completion = engine.generate(route.model, call, stop)
+                    completion = seat.engine.generate(route.model, call, stop)
                 finally:
                     if request.stream:
                         self.tokens.flush()  # before the end is stored: nothing is added to a stream behind it
@@ -170,8 +185,15 @@ class JobRunner:
                 raise HandBack from None
             raise
         except (ShiftworkerError, JobStopped) as error:
-            end = self._failures.end_of(job_id, request, ledger, stop, error, attempt=attempt)
-            return self._end(job_id, ledger, end)
+            failed = Attempt(
+                job_id=job_id,
+                request=request,
+                ledger=ledger,
+                stop=stop,
+                number=attempt,
+                company=seat.company if seat else None,
+            )
+            return self._end(job_id, ledger, self._failures.end_of(failed, error), request)
         return self._finish(self.answered(job_id, request, ledger, completion))
 
     # --- What a lane does step by step: see job_lane.py --------------------------------------------------
@@ -190,11 +212,33 @@ class JobRunner:
 
     @contextmanager
     def enter(
-        self, job_id: str, request: JobRequest, route: Route, stop: StopSignal, delivery: str
-    ) -> Iterator[Engine]:
-        """Give the engine that answers the job, ready for as long as it runs; `run` says what it raises."""
-        with self._ready_engine(job_id, request, route) as engine, self._alone(job_id, route, stop, delivery):
-            yield engine
+        self,
+        job_id: str,
+        request: JobRequest,
+        route: Route,
+        stop: StopSignal,
+        delivery: str,
+        *,
+        faults: Sequence[Fault] | None = None,
+    ) -> Iterator[Seat]:
+        """
+        Give the job its place in an engine, ready for as long as it runs; `run` says what it raises.
+
+        *faults* are those of the job; None = it has none, and does not wait for its place.
+        """
+        company = self._failures.company(faults or ())
+        with ExitStack() as place:
+            place.enter_context(self._alone(job_id, route, stop, delivery))
+            if route.cloud is None:
+                wait = faults is not None
+                place.enter_context(self._usher.enter(route.model, job_id, company, stop, wait=wait))
+            seat = Seat(engine=place.enter_context(self._ready_engine(job_id, request, route)))
+            try:
+                yield seat
+            except EngineDied:
+                if route.cloud is None and stop.reason is None:  # else it was ended on purpose, and the job told before
+                    seat.company = self._usher.died_with(route.model, job_id)
+                raise
 
     def call(self, job_id: str, request: JobRequest, route: Route, *, attempt: int, started: datetime) -> Call:
         """Say what to ask of the engine."""
@@ -250,9 +294,15 @@ class JobRunner:
         try:
             completion = ran.read()
         except (ShiftworkerError, JobStopped) as error:
-            attempt = ran.ledger.attempt
-            end = self._failures.end_of(ran.job_id, ran.request, ran.ledger, ran.stop, error, attempt=attempt)
-            return self._end(ran.job_id, ran.ledger, end)
+            failed = Attempt(
+                job_id=ran.job_id,
+                request=ran.request,
+                ledger=ran.ledger,
+                stop=ran.stop,
+                number=ran.ledger.attempt,
+                company=ran.company,
+            )
+            return self._end(ran.job_id, ran.ledger, self._failures.end_of(failed, error), ran.request)
         return self._finish(self.answered(ran.job_id, ran.request, ran.ledger, completion))
 
     @contextmanager
@@ -308,10 +358,21 @@ class JobRunner:
         finally:
             del self._running[job_id]
 
-    def _end(self, job_id: str, ledger: Ledger, error: ShiftworkerError) -> Outcome:
-        return self._finish(outcome_of(error, job_id, ledger.model_copy(update={"finished_at": utc_now()})))
+    def _end(self, job_id: str, ledger: Ledger, error: ShiftworkerError, request: JobRequest) -> Outcome:
+        outcome = outcome_of(error, job_id, ledger.model_copy(update={"finished_at": utc_now()}))
+        if not isinstance(error, SetAside):
+            return self._finish(outcome)
+        letter = DeadLetter(
+            job_id=job_id,
+            at=utc_now(),
+            model=ledger.model,
+            error=ErrorBody.of(error),
+            faults=self._store.view(job_id).faults,
+            body=request.model_dump(mode="json", exclude_none=True),
+        )
+        return self._finish(outcome, letter)
 
-    def _finish(self, outcome: Outcome) -> Outcome:
-        kept = self._store.finish(outcome)
+    def _finish(self, outcome: Outcome, letter: DeadLetter | None = None) -> Outcome:
+        kept = self._store.set_aside(outcome, letter) if letter else self._store.finish(outcome)
         logger.info("jobs.ended", job_id=kept.job_id, state=kept.state, model_id=kept.ledger.model)
         return kept

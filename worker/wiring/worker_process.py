@@ -140,7 +140,11 @@ class _Worker:
             board=board,
             placements=placements,
             engines=engines,
-            limits=JobLimits(timeout_s=settings.job.timeout_s, max_attempts=settings.job.max_attempts),
+            limits=JobLimits(
+                timeout_s=settings.job.timeout_s,
+                max_attempts=settings.job.max_attempts,
+                max_deaths=settings.job.max_deaths,
+            ),
             switch_seconds=history.seconds_between,
             stand_in=self._stand_in,
         )

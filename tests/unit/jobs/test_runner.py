@@ -62,7 +62,7 @@ class World:
     run_s: float = 0.0
     in_flight: Callable[[str], bool] = lambda _tag: True
     as_it_starts: Callable[[], object] = lambda: None
-    limits: JobLimits = field(default_factory=lambda: JobLimits(timeout_s=LONG_S, max_attempts=3))
+    limits: JobLimits = field(default_factory=lambda: JobLimits(timeout_s=LONG_S, max_attempts=3, first_pause_s=0))
 
     def __post_init__(self) -> None:
         placement = make_placement(spec=make_spec(engine=EngineKind.STUB))
@@ -239,7 +239,7 @@ def test_5_the_same_message_again_is_the_next_attempt() -> None:
     """And so is another message, once the first is not in flight any more."""
     world = World(in_flight=lambda _tag: False)
     for attempt, delivery in enumerate(("tag", "tag", "other"), start=1):
-        world.engine.errors = [EngineDied("it ended")]
+        world.engine.errors = [EngineFailed("HTTP 500")]
         if attempt < world.limits.max_attempts:
             with pytest.raises(HandBack):
                 world.run(delivery=delivery)
@@ -247,9 +247,9 @@ def test_5_the_same_message_again_is_the_next_attempt() -> None:
             assert world.run(delivery=delivery).ledger.attempt == attempt
 
 
-@pytest.mark.parametrize("error", [EngineDied("it ended"), EngineFailed("HTTP 500"), EngineTimeout("too slow")])
-def test_an_engine_that_fails_under_a_job_too_often_ends_it(error: ShiftworkerError) -> None:
-    """Two times it goes back; the third time it is set aside, with the last reason."""
+@pytest.mark.parametrize("error", [EngineFailed("HTTP 500"), EngineTimeout("too slow")])
+def test_a_job_that_fails_too_often_is_set_aside(error: ShiftworkerError) -> None:
+    """Two times it goes back; the third time it ends, with the last reason, its history, and what to do about it."""
     world = World()
     world.engine.errors = [error] * 3
     for _ in range(2):
@@ -260,8 +260,58 @@ def test_an_engine_that_fails_under_a_job_too_often_ends_it(error: ShiftworkerEr
 
     assert outcome.state is JobState.FAILED
     assert error_of(outcome).kind == "AttemptsExhausted"
-    assert f"3 times, the last time with: {error.message}" in error_of(outcome).message
+    assert (
+        f"3 times it failed in engines that lived on, the last time with: {error.message}" in error_of(outcome).message
+    )
+    assert "`shiftworker dead retry job` runs it again" in error_of(outcome).message
     assert outcome.ledger.attempt == 3
+    letter = world.store.dead["job"]
+    assert (letter.model, letter.error) == ("small", error_of(outcome))
+    assert [(found.attempt, found.kind, found.company) for found in letter.faults] == [
+        (attempt, error.kind, None) for attempt in (1, 2, 3)
+    ]
+    assert JobRequest.parse(letter.body).messages == BODY["messages"]
+
+
+def test_a_job_alone_in_an_engine_that_dies_twice_is_poison() -> None:
+    """Once may be bad luck."""
+    world = World()
+    world.engine.errors = [EngineDied("it ended")] * 2
+    with pytest.raises(HandBack):
+        world.run()
+    outcome = world.run()
+
+    assert error_of(outcome).kind == "PoisonJob"
+    assert (
+        "the engine died 2 times with this job alone in it, the last time with: it ended" in error_of(outcome).message
+    )
+    assert [found.company for found in world.store.dead["job"].faults] == [1, 1]
+
+
+def test_an_engine_that_is_ended_on_purpose_is_no_death() -> None:
+    """Its jobs were told to leave, and would not in time: they go back, and nothing is held against them."""
+    world, stop = World(), StopSignal()
+    world.engine.errors = [EngineDied("it was ended")] * 3
+    stop.stop("handback")
+    for _ in range(3):
+        with pytest.raises(HandBack):
+            world.run(stop=stop)
+    assert world.store.view("job").faults == ()
+
+
+def test_a_pause_after_a_failure_doubles_and_a_cancel_is_not_kept_waiting() -> None:
+    """The job waits as one that anybody may cancel, and the pause itself ends when it is told to."""
+    world = World(limits=JobLimits(timeout_s=LONG_S, max_attempts=3, first_pause_s=LONG_S))
+    world.engine.errors = [EngineFailed("HTTP 500")]
+    stop = StopSignal()
+    with ThreadPoolExecutor(1) as pool:
+        failed = pool.submit(world.run, stop=stop)
+        eventually(lambda: world.store.view("job").faults)
+        eventually(lambda: world.store.view("job").state is JobState.ROUTED)
+        assert not failed.done()
+        stop.stop("cancelled")
+        with pytest.raises(HandBack):
+            failed.result(timeout=5)
 
 
 def test_a_job_whose_engine_dies_goes_back() -> None:
