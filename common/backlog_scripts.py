@@ -43,7 +43,7 @@ local function tally(q, p, sign)
   local fields = {'jobs ' .. lane}
   for _, tokens in ipairs({'prompt_tokens', 'output_tokens'}) do
     local said, silent = tokens .. ' ' .. lane, tokens .. '? ' .. lane
-    redis.call('HINCRBY', sums, p[tokens] and said or silent, sign * (p[tokens] or 1))
+    redis.call('HINCRBY', sums, p[tokens] and said or silent, string.format('%d', sign * (p[tokens] or 1)))  -- -0, too
     fields[#fields + 1], fields[#fields + 2] = said, silent
   end
   if redis.call('HINCRBY', sums, fields[1], sign) == 0 then redis.call('HDEL', sums, unpack(fields)) end

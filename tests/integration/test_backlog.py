@@ -308,3 +308,10 @@ def test_a_reading_and_each_move_cost_the_same_at_100_000_jobs(
     assert len(heads) == 15
     jobs = [int(value) for name, value in zip(sums[::2], sums[1::2], strict=True) if name.startswith("jobs")]
     assert sum(jobs) == line.backlog.count(QUEUE)
+
+
+def test_a_prompt_without_a_token_is_taken_like_any(line: Line) -> None:
+    """Its sum goes down by nothing, which Lua calls -0 and Redis no integer: the job would be lost in mid-script."""
+    line.put("short", prompt_tokens=0, output_tokens=0)
+    assert line.take() == ["short"]
+    assert line.client.keys(f"{keys.backlog(QUEUE)}*") == []
