@@ -18,9 +18,9 @@ from kombu.exceptions import OperationalError
 
 from common import keys
 from common.backlog import RedisBacklog
-from common.celery_app import create_app
+from common.celery_app import create_producer_app
 from common.door import Door
-from common.errors import JobCancelled, NotEndedYet, RedisUnavailable, ShiftworkerError
+from common.errors import JobCancelled, NotEndedYet, RedisFull, RedisUnavailable, ShiftworkerError
 from common.fleet import read_offers, read_statuses
 from common.job_stream import START, aread_stream, read_stream
 from common.redis_client import connect, connect_async, ping, without_password
@@ -53,7 +53,8 @@ class JobClient:
         if redis_url is not None:
             settings = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": redis_url})})
         self._url = settings.redis.url
-        self._app = create_app(settings)
+        self._broker = without_password(settings.broker.url or self._url)
+        self._app = create_producer_app(settings)
         # A quarter of a submit's time; Flower hears of the job a moment later, from the router.
         self._app.conf.task_send_sent_event = False
         self._redis = connect(self._url)
@@ -78,6 +79,8 @@ class JobClient:
             It is too large, or too much waits already (`retry_after_s`); nothing was sent.
         RedisUnavailable
             Nobody answers at the Redis address; nothing was sent.
+        RedisFull
+            Redis has no memory for it; nothing was sent.
         """
         parsed = request if isinstance(request, JobRequest) else JobRequest.parse(dict(request))
         job_id = job_id or str(uuid.uuid4())
@@ -96,13 +99,21 @@ class JobClient:
                 argsrepr=f"({parsed.kind.name.lower()}, {len(parsed.text)} characters)",
                 kwargsrepr="{}",
             )
-        except OperationalError as error:
-            raise RedisUnavailable(
-                f"The job was not sent: Redis at {without_password(self._url)} went away ({error}). Submit it again "
-                f"with job_id={job_id!r}: should the first one have arrived after all, it runs only once."
-            ) from error
+        except (OperationalError, redis.RedisError) as error:
+            raise self._not_sent(job_id, error) from error
         self._reached_at = time.monotonic()
         return job_id
+
+    def _not_sent(self, job_id: str, error: Exception) -> ShiftworkerError:
+        if isinstance(error.__cause__ or error, redis.exceptions.OutOfMemoryError):
+            return RedisFull(
+                f"The job was not sent: {self._broker} is full ({error}). Try again when jobs have ended and answers "
+                "have expired, or give Redis more memory (maxmemory)."
+            )
+        return RedisUnavailable(
+            f"The job was not sent: {self._broker} went away ({error}). Submit it again with job_id={job_id!r}: "
+            "should the first one have arrived after all, it runs only once."
+        )
 
     def wait(self, job_id: str, timeout: float | None = None) -> Outcome:
         """

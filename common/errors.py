@@ -11,6 +11,7 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   └── PromptTooLong           the prompt is longer than the model's length
     ├── Unavailable             the job is fine, something under it is not: a retry helps
     │   ├── RedisUnavailable        nobody answers at the Redis address
+    │   ├── RedisFull               Redis is there, and has no memory for another job
     │   ├── QueueFull               too much of the tenant, or of everybody, waits already: `retry_after_s`
     │   ├── EngineNotReady          the model's engine is not (or no longer) ready
     │   ├── EngineDied              the engine's process ended under the job
@@ -102,6 +103,10 @@ class Unavailable(ShiftworkerError):
 
 class RedisUnavailable(Unavailable):
     """Nobody answers at the Redis address."""
+
+
+class RedisFull(Unavailable):
+    """Redis takes no writes: its memory is at `maxmemory`."""
 
 
 class QueueFull(Unavailable):
