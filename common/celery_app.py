@@ -25,6 +25,17 @@ def create_app(settings: Settings, *, owner: str = "nobody") -> Celery:
     return app
 
 
+def create_producer_app(settings: Settings) -> Celery:
+    """Build an app that sends jobs the way producers do: to RabbitMQ where *settings* name one, else to Redis."""
+    app = create_app(settings)
+    if settings.broker.url is not None:
+        # RabbitMQ says that it has each message; without that a send into a dying connection would seem to succeed.
+        app.conf.update(
+            broker_url=settings.broker.url, broker_transport=None, broker_transport_options={"confirm_publish": True}
+        )
+    return app
+
+
 def with_tls_checked(url: str) -> str:
     """
     Say in a rediss:// URL that the server's certificate is checked, unless it says something of its own.

@@ -49,6 +49,21 @@ class RedisSettings(_Group):
         return value
 
 
+class BrokerSettings(_Group):
+    """How jobs come in, if not through Redis."""
+
+    model_config = SettingsConfigDict(env_prefix="BROKER_")
+
+    url: str | None = Field(None, description="amqp:// or amqps://: producers hand jobs to RabbitMQ; unset = to Redis")
+
+    @field_validator("url")
+    @classmethod
+    def _is_rabbits(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("amqp://", "amqps://")):
+            raise ValueError("must start with amqp:// or amqps://")
+        return value
+
+
 class VllmSettings(_Group):
     """Overrides of the choice at boot, and where vLLM is."""
 
@@ -294,6 +309,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     redis: RedisSettings
+    broker: BrokerSettings
     vllm: VllmSettings
     llamacpp: LlamaCppSettings
     models: ModelSettings

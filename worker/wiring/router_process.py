@@ -16,6 +16,7 @@ from common.schemas import OfferedModel
 from common.settings import Settings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess
+from worker.delivery.rabbit import RabbitDoor
 from worker.delivery.redis_steps import RedisSteps
 from worker.delivery.redis_twins import RedisTwins
 from worker.jobs.submit_lane import SubmitLane
@@ -58,7 +59,7 @@ def run_router(settings: Settings) -> int:
         own_queues=[keys.SUBMIT_QUEUE],
         steps=[every(TOUCH_EVERY_S, alive_file("router").touch)],
     )
-    with _webhooks(settings), watch_the_waiting(settings, store):
+    with _webhooks(settings), _rabbit(settings), watch_the_waiting(settings, store):
         return process.run()
 
 
@@ -67,6 +68,13 @@ def _webhooks(settings: Settings) -> AbstractContextManager[object]:
     if settings.webhook.secret is None:
         return nullcontext()
     return WebhookSender(settings.redis.url, settings.webhook, Allowed.parse(settings.egress.allow))
+
+
+def _rabbit(settings: Settings) -> AbstractContextManager[object]:
+    """What brings the jobs from RabbitMQ, where there is one."""
+    if settings.broker.url is None:
+        return nullcontext()
+    return RabbitDoor(settings.broker.url, create_app(settings))
 
 
 def _offered(client: RedisClient) -> tuple[OfferedModel, ...]:
