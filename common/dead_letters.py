@@ -67,7 +67,7 @@ class DeadLetters:
     def __init__(self, client: RedisClient) -> None:
         self._redis = client
 
-    def list(self) -> list[DeadLetter]:
+    def all(self) -> list[DeadLetter]:
         """Every letter, the newest first."""
         ids = self._redis.zrevrange(keys.DEAD, 0, -1)
         found = self._redis.hmget(keys.DEAD_LETTERS, ids) if ids else []

@@ -30,6 +30,7 @@ from common.settings import Settings
 from worker import show
 from worker.alive import is_alive
 from worker.bench.commands import app as bench
+from worker.dead import app as dead
 from worker.embedded_redis import EmbeddedRedis, free_port, given_url, usual_or_free_port
 from worker.programs import programs
 from worker.supervisor import Supervisor
@@ -47,6 +48,7 @@ app = typer.Typer(
     help="One GPU, many models, one queue.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(dead, name="dead")
 _out = Console()
 _err = Console(stderr=True)
 

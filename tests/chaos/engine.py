@@ -4,7 +4,7 @@ Stands in for vLLM: the real engine host, whose forks answer from a digest of th
     python engine.py SOCKET
 
 The same body has the same answer and takes the same time, so that two runs can be compared; and each fork is a process
-that can be killed and paused.
+that can be killed and paused. One that is asked what the file $CHAOS_POISON says kills itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import signal
 import socket
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -71,6 +72,7 @@ async def _serve(connection: socket.socket) -> None:
 
 async def _answer(frame: Frame, send: Any) -> None:
     body = json.loads(frame.body.partition(b"\n")[2])
+    _die_of_poison(body)
     text, takes_s = answer_to(body)
     words = text.split(" ")
     usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 1 + len(words)}
@@ -93,6 +95,12 @@ async def _answer(frame: Frame, send: Any) -> None:
     tell([], usage=usage)
     send(Kind.EVENT, frame.number, b"[DONE]")
     send(Kind.ANSWER, frame.number, b"200\n")
+
+
+def _die_of_poison(body: dict[str, Any]) -> None:
+    poison = Path(os.environ.get("CHAOS_POISON", "none"))
+    if poison.exists() and poison.read_text() in body["messages"][-1]["content"]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(path: str) -> None:
