@@ -24,10 +24,10 @@ SET_ASIDE: Final = (
     + """
 local stored = end_job()
 if stored then return stored end
-local dead, letters, id = KEYS[#KEYS - 1], KEYS[#KEYS], ARGV[1]
+local dead, letters, id, time = KEYS[#KEYS - 1], KEYS[#KEYS], ARGV[1], redis.call('TIME')
 redis.call('HSET', KEYS[2], 'dead', '1')
 redis.call('HSET', letters, id, ARGV[#ARGV - 1])
-redis.call('ZADD', dead, redis.call('TIME')[1], id)
+redis.call('ZADD', dead, time[1] + time[2] / 1000000, id)
 while redis.call('ZCARD', dead) > tonumber(ARGV[#ARGV]) do
   redis.call('HDEL', letters, redis.call('ZPOPMIN', dead)[1])
 end

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from common.client import JobClient
 from common.dead_letters import DeadLetters
 from common.errors import InvalidRequest
 from common.redis_client import connect, ping
-from common.schemas import DeadLetter, JobRequest, utc_now
+from common.schemas import JobRequest, utc_now
 from common.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Jobs that were set aside: look at them, retry them, drop them.")
@@ -46,9 +47,7 @@ def list_letters(*, as_json: _Json = False) -> None:
 
 
 @app.command()
-def show(
-    job_id: Annotated[str, typer.Argument(help="As `shiftworker dead list` shows it.")], *, as_json: _Json = False
-) -> None:
+def show(job_id: _Id, *, as_json: _Json = False) -> None:
     """Show one job: what happened under each of its attempts, and its body."""
     letter = _letters(_settings()).find(job_id)
     if letter is None:
@@ -70,7 +69,7 @@ def retry(job_ids: _Ids, *, as_json: _Json = False) -> None:
     settings = _settings()
     letters = _letters(settings)
     with closing(JobClient(settings.redis.url)) as client:
-        done = [job_id for job_id in job_ids if letters.retry(job_id, lambda body, i=job_id: _submit(client, i, body))]
+        done = [job_id for job_id in job_ids if letters.retry(job_id, partial(_submit, client, job_id))]
     _tell("retried", job_ids, done, as_json=as_json)
 
 
