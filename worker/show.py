@@ -150,7 +150,7 @@ def status_panel(status: HardwareStatus) -> Panel:
     parts += [
         f"{model}: {queue.waiting} waiting, oldest {queue.oldest_s or 0:.0f} s" for model, queue in waiting.items()
     ]
-    parts += [f"[yellow]{alert}[/]" for alert in status.alerts]
+    parts += [f"[yellow]{escape(alert)}[/]" for alert in status.alerts]
     if status.switches:
         parts.append(switch_table(status.switches))
     title = f"{status.worker}: {status.state} ({status.source}, {status.at:%H:%M:%S} UTC)"
@@ -175,6 +175,6 @@ def switch_table(switches: tuple[SwitchRecord, ...]) -> Table:
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in record.stages.items())
         table.add_row(
             f"{record.from_model or 'nothing'} -> {record.to_model}",
-            record.outcome, f"{record.seconds:.2f}", stages, record.reason,
+            record.outcome, f"{record.seconds:.2f}", stages, escape(record.reason),
         )  # fmt: skip
     return table

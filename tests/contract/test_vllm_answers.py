@@ -4,7 +4,6 @@ The engine host answers as vLLM's own server does: one model, one body, field by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import pytest
 from common.errors import ShiftworkerError
 from tests.factories import make_placement, make_spec
 from tests.vllm_here import vllm_python
+from tests.vllm_models import make_thinker
 from worker.catalog.spec import EngineKind, ModelSpec
-from worker.demo.tiny_hf import make_tiny_hf
 from worker.engines.base import Call, Engine, StopSignal
 from worker.engines.stub import StubEngine
 from worker.engines.vllm_host import VllmHostEngine
@@ -29,12 +28,6 @@ TEXT = "/v1/completions"
 # What may differ between two answers to the same body: names drawn at random, and the time.
 DRAWN = {"id", "created", "system_fingerprint"}
 
-TEMPLATE = (
-    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}{% if shout %}!{% endif %}"
-)
-THINK, END_THINK = "<think>", "</think>"
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 3}, "warm": {"type": "boolean"}},
@@ -136,18 +129,7 @@ BODIES = {
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     """A model with tools and thoughts: two bytes that no text holds become the tokens around a thought."""
-    folder = make_tiny_hf(tmp_path_factory.mktemp("model") / "tiny", context=2048)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    for number, token in zip(sorted(vocabulary.values())[-2:], (THINK, END_THINK), strict=True):
-        old = next(name for name, found in vocabulary.items() if found == number)
-        del vocabulary[old]
-        vocabulary[token] = number
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-        tokenizer["added_tokens"].append({"id": number, "content": token, **flags})
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    folder = make_thinker(tmp_path_factory.mktemp("model") / "tiny")
     return make_spec(
         "tiny",
         engine=EngineKind.VLLM,

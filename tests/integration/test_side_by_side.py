@@ -5,12 +5,13 @@ Two models that fit a card together, and one that needs it alone: the planner mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from common.schemas import HardwareStatus
-from tests.factories import GIB, make_placement, make_spec
+from tests.factories import GIB, make_machine, make_placement, make_spec
+from tests.switch_world import LIMITS
 from tests.switch_world import World as Box
 from worker.catalog.spec import EngineKind
 from worker.hardware.gpu import Machine
@@ -20,7 +21,7 @@ from worker.residency.run import needs_of
 from worker.runtime import Runtime
 from worker.scheduling.pick import Turn
 from worker.state.backlog import Backlog, Waiting
-from worker.state.residency import Residency
+from worker.state.residency import Level, Residency
 
 SIZES = {"a": 10, "b": 12, "c": 20}  # GiB, of a card of 24
 
@@ -28,8 +29,13 @@ SIZES = {"a": 10, "b": 12, "c": 20}  # GiB, of a card of 24
 class World:
     """The runtime's world around a real switcher: a switch is made as it is asked for, a job takes no time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wake_s: Mapping[Level, float] | None = None, asleep: int = 0) -> None:
+        machine = make_machine(24)
+        silent = replace(machine, gpus=tuple(replace(gpu, used_bytes=None, free_bytes=None) for gpu in machine.gpus))
         self.box = Box(
+            machine=silent,  # nobody says what is free: the plan is what counts here
+            limits=replace(LIMITS, asleep=asleep),
+            wake_s=wake_s,
             placements={
                 name: make_placement(
                     name,
@@ -123,3 +129,18 @@ def test_jobs_for_all_three_are_all_answered() -> None:
 
     assert {"a", "b", "c"} == set().union(*world.served)
     assert all("c" not in models or models == {"c"} for models in world.served)
+
+
+def test_a_sleeper_that_is_needed_next_is_woken_while_the_other_one_works() -> None:
+    """As far as memory allows: beside b there is room for a, which sleeps, and not for c."""
+    world = World(wake_s={Level.ASLEEP_1: 0.0}, asleep=1)
+    world.play(a=1)
+    world.play(c=1)
+    assert world.box.levels == {"a": Level.ASLEEP_1, "c": Level.READY}
+    world.play(b=1)
+    world.box.deeds.clear()
+
+    world.play(b=20, a=1)
+    assert "wake a" in world.box.deeds
+    assert world.box.residency.ready_models == ("a", "b")
+    assert world.served[-1] == {"b"}, "b has worked on"

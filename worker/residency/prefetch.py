@@ -28,7 +28,9 @@ def choose_prefetch(
 
     The questions, in order:
 
-    1. Is a switch asked for or under way?             None: its load has the disk to itself.
+    1. Is a switch asked for or under way?             None: its load has the disk to itself. (A model that fits beside
+                                                       those that work, asleep or not, is made ready at once: that is
+                                                       `pick_turn`'s second question.)
     2. Do jobs wait for a model whose weights are in   The one whose job waits longest: it is loaded next.
        its files only? Not one that failed a short
        while ago.
