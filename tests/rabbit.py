@@ -17,9 +17,15 @@ from worker.embedded_redis import free_port
 _START_S = 60.0
 
 
+def find_program() -> str | None:
+    """RabbitMQ's own script; the one that Debian puts on the PATH runs for one account only."""
+    packaged = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))
+    return str(packaged[-1]) if packaged else shutil.which("rabbitmq-server")
+
+
 def why_no_rabbit() -> str | None:
     """Why there is none here; None = there is one."""
-    return None if shutil.which("rabbitmq-server") else "no rabbitmq-server on the PATH"
+    return None if find_program() else "no rabbitmq-server on the PATH"
 
 
 class Rabbit:
@@ -53,7 +59,7 @@ class Rabbit:
         """Start it and wait until it listens."""
         with (self._folder / "rabbit.log").open("ab") as output:
             self._process = subprocess.Popen(
-                ["rabbitmq-server"], env=self._env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                [str(find_program())], env=self._env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         eventually(self._listens, within_s=_START_S, what="RabbitMQ listens")
 

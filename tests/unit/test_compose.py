@@ -70,6 +70,16 @@ def test_flower_does_not_start_without_a_password() -> None:
     assert "${FLOWER_PASSWORD:?" in SERVICES["flower"]["environment"]["FLOWER_BASIC_AUTH"]
 
 
+def test_every_port_is_on_the_loopback() -> None:
+    """
+    Redis and Flower are for this machine; whoever opens them does so on purpose.
+    """
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+
+    assert len(ports) == 2
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
 def test_variables_that_are_passed_on_are_settings() -> None:
     """
     A misspelt name would silently do nothing.
