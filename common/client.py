@@ -87,9 +87,9 @@ class JobClient:
         if time.monotonic() - self._reached_at > _REACHED_S:
             ping(self._redis, self._url)
         self._door.check(parsed)
-        if parsed.deadline is not None:  # it may pass before the router has read the job
-            self._redis.zadd(keys.DEADLINES, {job_id: parsed.deadline.timestamp()}, nx=True)
         try:
+            if parsed.deadline is not None:  # it may pass before the router has read the job
+                self._store.note_deadline(job_id, parsed.deadline)
             self._app.send_task(
                 keys.SUBMIT_TASK,
                 args=[parsed.model_dump(mode="json", exclude_none=True)],

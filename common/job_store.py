@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from typing import Any, Protocol
 
 from common.may_enter import Entry, Held, Taken
@@ -21,6 +22,10 @@ class JobStore(Protocol):
 
     def note_queued(self, job_id: str) -> None:
         """The router has seen the job; the first time counts as the time it was queued."""
+        ...
+
+    def note_deadline(self, job_id: str, deadline: datetime) -> None:
+        """The job, which need not have been seen yet, ends at *deadline* if it has not ended by then."""
         ...
 
     def note_streams(self, job_id: str) -> None:
@@ -121,6 +126,9 @@ class MemoryJobStore:
         with self._lock:
             queued = JobView(job_id=job_id, state=JobState.QUEUED, queued_at=utc_now())
             self._views.setdefault(job_id, queued)
+
+    def note_deadline(self, job_id: str, deadline: datetime) -> None:
+        """See JobStore; nobody looks at them here."""
 
     def note_streams(self, job_id: str) -> None:
         """See JobStore."""

@@ -110,6 +110,10 @@ class RedisJobStore:
             pipe.expire(key, self._ttl_s)
             pipe.execute()
 
+    def note_deadline(self, job_id: str, deadline: datetime) -> None:
+        """See JobStore."""
+        self._redis.zadd(keys.DEADLINES, {job_id: deadline.timestamp()}, nx=True)
+
     def note_streams(self, job_id: str) -> None:
         """See JobStore."""
         self._change(job_id, stream="1")

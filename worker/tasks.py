@@ -38,7 +38,6 @@ logger = get_logger(__name__)
 
 REDIS_AWAY = (redis.RedisError, OperationalError, ConnectionError)
 _REDIS_AWAY_PAUSE_S = 1.0  # before the message goes back: no busy loop while Redis says no
-_TWIN_PAUSE_S = 1.0  # between two looks at a job's twin, where its message cannot be put aside
 _NO_OFFERS_PAUSE_S = 0.5  # before a job that nobody can route yet goes back to its queue
 
 
@@ -46,7 +45,7 @@ def add_submit_task(app: Celery, router: Router, store: JobStore, twins: RedisTw
     """
     Give *app* the router task: validate, score, choose, and hand the job on under the same id.
 
-    A job whose idempotency key is another one's waits in *twins*; without, it looks again and again.
+    A job whose idempotency key is another one's waits in *twins*; a router without a gate needs none.
     """
 
     @app.task(bind=True, shared=False, name=keys.SUBMIT_TASK, throws=(ShiftworkerError,))
@@ -147,15 +146,14 @@ def _outcome_as(same: SameKey, task: Task, store: JobStore, twins: RedisTwins | 
 
     Raises
     ------
-    Ignore, Reject, Retry
+    Ignore, Reject
         There is none yet: the job waits, or looks again.
     """
     job_id: str = task.request.id
     ended = store.outcome(same.first)
     if ended is not None:
         return ended.for_twin(job_id)
-    if twins is None:
-        raise task.retry(countdown=_TWIN_PAUSE_S, max_retries=None)
+    assert twins is not None  # noqa: S101 - a router whose gate looks at keys has them
     parked = twins.park(job_id, same.first, delivery=task.request.properties["delivery_tag"], entry=same.entry)
     if isinstance(parked, Held):
         return outcome_of(same.no_room(parked), job_id, _ledger(store, job_id))

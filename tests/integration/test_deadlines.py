@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from celery.result import AsyncResult
 
 from common import JobClient, keys
 from common.backlog import RedisBacklog
-from common.errors import DeadlineExceeded
+from common.errors import DeadlineExceeded, EngineNotReady
 from common.may_enter import Entry
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
@@ -23,6 +24,8 @@ from common.schemas import JobRequest, JobState, Outcome, Route
 from common.settings import LimitSettings
 from common.waiting_jobs import RedisWaitingJobs
 from worker.jobs.deadlines import DeadlineSweep
+from worker.routing.router import Router
+from worker.routing.rules_file import load_rules
 
 NOW = 1_000_000.0
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -118,6 +121,17 @@ def test_a_job_that_the_router_has_not_read_ends_too(world: World) -> None:
         world.client.wait(job_id, timeout=5)
     assert world.redis.llen(keys.SUBMIT_QUEUE) == 1
     assert not world.redis.exists(keys.DEADLINES)
+
+
+def test_a_job_that_nobody_can_route_yet_ends_too(world: World) -> None:
+    """It goes round in the router's queue until a worker offers something."""
+    router = Router(store=world.store, offers=list, rules=load_rules())
+    with pytest.raises(EngineNotReady):
+        router.route("job", {**BODY, "deadline": NOW})
+    with pytest.raises(EngineNotReady):
+        router.route("expires", BODY, expires=datetime.fromtimestamp(NOW, UTC).replace(tzinfo=None))
+    assert world.sweep() == 2
+    assert world.client.status("expires").state is JobState.EXPIRED
 
 
 def test_a_job_on_its_way_to_the_cloud_ends_too(world: World) -> None:

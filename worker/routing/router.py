@@ -59,7 +59,12 @@ class Router:
             self.gate.check(request)
         if request.stream:
             self._store.note_streams(job_id)
-        route = self.choose(request)
+        try:
+            route = self.choose(request)
+        except EngineNotReady:
+            if request.deadline is not None:  # it waits here, and nobody else knows of it
+                self._store.note_deadline(job_id, request.deadline)
+            raise
         if self.gate is not None:
             self.gate.enter(self._store, job_id, request, route)
         else:
