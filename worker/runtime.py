@@ -5,13 +5,14 @@ The heartbeat: `step` looks, decides, acts. `World` is all it can touch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from common.logs import get_logger
 from common.schemas import HardwareStatus
 from worker.hardware.gpu import Machine
-from worker.scheduling.pick import Turn, pick_turn
+from worker.scheduling.pick import Knowledge, Turn, pick_turn
+from worker.scheduling.substitute import Substitution, choose_substitute
 from worker.state.backlog import Backlog
 from worker.state.residency import Quarantine, Residency
 
@@ -36,8 +37,16 @@ class World(Protocol):
         """What is loaded, now; engines that died by themselves are off it."""
         ...
 
-    def ask_for_switch(self, turn: Turn) -> None:
-        """Send the switch task for *turn*."""
+    def knowledge(self, residency: Residency, *, now: float) -> Knowledge:
+        """What was measured of the models, and what the other workers serve; they are told what this one does."""
+        ...
+
+    def ask_for_switch(self, turn: Turn, residency: Residency) -> None:
+        """Send the switch task for *turn*, unless another worker has changed its own turn meanwhile."""
+        ...
+
+    def substitute(self, model_id: str, by: str, reason: str) -> int:
+        """Give *by* the jobs that wait for *model_id*, as far as it may take them; returns how many."""
         ...
 
     def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
@@ -60,6 +69,19 @@ class World(Protocol):
         """Bring the files of the model that is needed next closer, in the background."""
         ...
 
+    def foretell(
+        self,
+        residency: Residency,
+        backlog: Backlog,
+        known: Knowledge,
+        *,
+        max_wait_s: float,
+        min_turn_s: float,
+        now: float,
+    ) -> None:
+        """Tell producers when the waiting jobs will end, in the background."""
+        ...
+
     def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         """Tell the outside how things are."""
         ...
@@ -73,6 +95,7 @@ class Runtime:
         world: World,
         *,
         models: Iterable[str],
+        larger: Mapping[str, Sequence[str]],
         starting: str | None,
         max_wait_s: float,
         min_turn_s: float,
@@ -81,6 +104,7 @@ class Runtime:
     ) -> None:
         self._world = world
         self._models = tuple(models)
+        self._larger = larger
         self._starting = starting
         self._max_wait_s = max_wait_s
         self._min_turn_s = min_turn_s
@@ -94,6 +118,7 @@ class Runtime:
         now = self._clock()
         residency = self._world.residency()
         backlog = self._world.backlog()
+        known = self._world.knowledge(residency, now=now)
 
         turn = pick_turn(
             backlog,
@@ -103,20 +128,31 @@ class Runtime:
             max_wait_s=self._max_wait_s,
             min_turn_s=self._min_turn_s,
             starting=self._starting,
+            known=known,
         )
-        if self._needs_switch(turn, residency, now):
-            self._world.ask_for_switch(turn)
+        taken = choose_substitute(backlog, residency, self._larger, known=known, now=now)
+        if not self._take_over(taken, turn) and self._needs_switch(turn, residency, now):
+            self._world.ask_for_switch(turn, residency)
         self._world.use_cloud(residency, backlog, now=now)
         self._world.serve(residency.ready_models)
         self._world.stop_cancelled_jobs()
         for model_id in self._stranded(residency, backlog, now):
             self._world.route_again(model_id)
         self._world.prefetch(residency, backlog, now=now)
+        self._world.foretell(
+            residency, backlog, known, max_wait_s=self._max_wait_s, min_turn_s=self._min_turn_s, now=now
+        )
 
         if self._status_is_due(residency, now):
             self._world.publish(self._world.machine(), residency, backlog, now=now)
             self._published = (residency, now)
         return turn
+
+    def _take_over(self, taken: Substitution, turn: Turn) -> bool:
+        """Give jobs to a larger model, if it stays ready or would leave for the model of these very jobs."""
+        if taken.model_id is None or taken.by is None or turn.model_id not in (taken.model_id, taken.by):
+            return False
+        return self._world.substitute(taken.model_id, taken.by, taken.reason) > 0
 
     @staticmethod
     def _needs_switch(turn: Turn, residency: Residency, now: float) -> bool:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from common import keys
@@ -16,6 +17,7 @@ from worker.hardware.gpu import Machine, MachineReader
 from worker.hardware.stub import NoGpuReader
 from worker.jobs.capacities import Capacities
 from worker.jobs.cloud_lane import CloudLane
+from worker.jobs.paces import Paces, pace_of
 from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.residency.history import SwitchHistory
@@ -26,19 +28,27 @@ from worker.residency.run import needs_of
 from worker.residency.switcher import Switcher
 from worker.scheduling.admit import admit_jobs
 from worker.scheduling.celery_consumer import CeleryConsumer
-from worker.scheduling.pick import Turn
+from worker.scheduling.pick import Knowledge, Turn
 from worker.scheduling.redis_queues import RedisQueues
 from worker.scheduling.redis_reroute import RedisReroute
+from worker.scheduling.redis_substitute import RedisSubstitute
+from worker.scheduling.redis_turns import RedisTurns
 from worker.selection.placement import Placement
 from worker.selection.places import host_place
+from worker.simulate.forecast import Snapshot
+from worker.simulate.price import expect_traffic, price_backlog, see_workers
 from worker.state.backlog import Backlog
 from worker.state.residency import Residency
+from worker.telemetry.arrivals import Arrivals
+from worker.telemetry.forecaster import Forecaster
+from worker.telemetry.redis_paces import RedisPaces
 from worker.telemetry.redis_status import RedisStatus
 from worker.telemetry.summarize import summarize
 
 logger = get_logger(__name__)
 
 _SWITCHES_SHOWN = 10
+_HEARS_EVERY_S = 5.0  # what other workers measure, and tells what this one does
 
 
 class WorkerWorld:
@@ -64,6 +74,11 @@ class WorkerWorld:
         status: RedisStatus,
         send_switch: Callable[[str, int, str], None],
         max_temperature_c: float,
+        turns: RedisTurns,
+        paces: Paces,
+        kept_paces: RedisPaces,
+        substitutes: RedisSubstitute,
+        forecaster: Forecaster,
     ) -> None:
         self._name = name
         self._placements = tuple(placements)
@@ -83,6 +98,14 @@ class WorkerWorld:
         self._status = status
         self._send_switch = send_switch
         self._max_temperature_c = max_temperature_c
+        self._turns = turns
+        self._paces = paces
+        self._kept_paces = kept_paces
+        self._substitutes = substitutes
+        self._forecaster = forecaster
+        self._arrivals = Arrivals()
+        self._others: Mapping[str, Sequence[str]] = {}  # worker -> what it serves or loads
+        self._heard_at = 0.0
         self._one_publisher = threading.Lock()  # the heart publishes, and so does the switch lane at each stage
         self.stopping = False
 
@@ -109,9 +132,28 @@ class WorkerWorld:
             beside=fitting_beside(residency, self._needs),
         )
 
-    def ask_for_switch(self, turn: Turn) -> None:
+    def knowledge(self, residency: Residency, *, now: float) -> Knowledge:
+        """See World."""
+        switching = residency.switching
+        mine = {*residency.ready_models, *([switching.to_model] if switching else [])}
+        self._others = self._turns.look(() if self.stopping else mine)
+        if now - self._heard_at >= _HEARS_EVERY_S:
+            self._kept_paces.save(self._paces.unsaved())
+            self._paces.learn(self._kept_paces.read())
+            self._heard_at = now
+        measured = self._paces.known(self._needs)
+        return Knowledge(
+            paces={model: pace_of(found) for model, found in measured.items()},
+            elsewhere=Counter(model for models in self._others.values() for model in models),
+        )
+
+    def ask_for_switch(self, turn: Turn, residency: Residency) -> None:
         """See World."""
         if turn.model_id is None or self.stopping:
+            return
+        stay = residency.ready_models if turn.model_id in residency.beside else ()
+        if not self._turns.claim({turn.model_id, *stay}):
+            logger.info("scheduling.look_again", model_id=turn.model_id, reason="another worker's turn has changed")
             return
         epoch = self._status.next_epoch(self._name)
         self._switcher.ask(turn.model_id, epoch)
@@ -128,6 +170,47 @@ class WorkerWorld:
         queues = [*map(keys.model_queue, models), *map(keys.cloud_queue, self._cloud_lane.open)]
         admission = admit_jobs([self._capacities.of(model) for model in models], otherwise=self._threads)
         self._consumer.serve(() if self.stopping else queues, at_once=admission.jobs)
+
+    def substitute(self, model_id: str, by: str, reason: str) -> int:
+        """See World."""
+        placement = next(p for p in self._placements if p.model_id == by)
+        return self._substitutes.take_over(model_id, offered(placement, self._board.read(), now=time.time()), reason)
+
+    def foretell(
+        self,
+        residency: Residency,
+        backlog: Backlog,
+        known: Knowledge,
+        *,
+        max_wait_s: float,
+        min_turn_s: float,
+        now: float,
+    ) -> None:
+        """See World."""
+        measured = self._paces.known(self._needs)
+        ever = {model: found.count for model, found in measured.items()}
+        for resident in residency.residents:
+            ever[resident.model_id] = ever.get(resident.model_id, 0) + resident.in_flight
+        self._arrivals.look({m: backlog.count(m) + ever.get(m, 0) for m in self._needs}, now=now)
+        scene = residency.ready_models, residency.switching, self._others
+        if not self._forecaster.is_due(scene):
+            return
+        priced = price_backlog(backlog, known.paces, residency)
+        if not priced.costs:
+            return
+        snapshot = Snapshot(
+            now=now,
+            backlog=priced.backlog,
+            costs=priced.costs,
+            max_wait_s=max_wait_s,
+            min_turn_s=min_turn_s,
+            usual_s=priced.usual_s,
+            workers=see_workers(residency, list(self._others.values()), priced, now=now),
+            traffic=expect_traffic(self._arrivals.per_s(), priced),
+            spread={m: found.deviation_s / found.run_s for m, found in measured.items() if found.run_s},
+        )
+        ours = [m for m in priced.costs if residency.ready(m) or not known.elsewhere.get(m)]
+        self._forecaster.want(snapshot, ours, scene)
 
     def stop_cancelled_jobs(self) -> None:
         """See World."""

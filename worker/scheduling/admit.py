@@ -21,6 +21,11 @@ class Capacity:
     tokens_per_job: float | None = None  # prompt and answer together, of its jobs lately
     threads: int | None = None  # that there are for its jobs; None = it needs none
 
+    @property
+    def at_once(self) -> int:
+        """Jobs that it works on side by side."""
+        return self.max_num_seqs if self.threads is None else min(self.max_num_seqs, self.threads)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:

@@ -5,8 +5,7 @@ Tells the other workers which models this one serves or loads, and hears the sam
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from common import keys
 from common.fleet import read_alive
@@ -40,15 +39,15 @@ class RedisTurns:
         self._set = client.register_script(_SET)
         self._changes = "0"
 
-    def look(self, models: Iterable[str]) -> Mapping[str, int]:
-        """Say that this worker serves or loads *models*; give how many others that are alive do so with each model."""
+    def look(self, models: Iterable[str]) -> Mapping[str, Sequence[str]]:
+        """Say that this worker serves or loads *models*; give those of each other worker that is alive."""
         told: dict[str, str] = self._redis.hgetall(keys.TURNS)
         self._changes = told.pop(_CHANGES, "0")
         mine = _text(models)
         if told.pop(self._worker, None) != mine:
             self._set(keys=[keys.TURNS], args=[self._worker, mine])
         alive = read_alive(self._redis, told) if told else frozenset()
-        return Counter(model for worker in alive for model in json.loads(told[worker]))
+        return {worker: json.loads(told[worker]) for worker in sorted(alive)}
 
     def claim(self, models: Iterable[str]) -> bool:
         """Say that this worker is about to serve *models*; False if another turn has changed since the last look."""

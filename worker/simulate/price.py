@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from common.schemas import SwitchStage
 from worker.simulate.costs import ModelCosts
+from worker.simulate.forecast import Traffic
 from worker.simulate.run import Start
 from worker.state.backlog import Backlog, Lane, Waiting
 from worker.state.pace import Pace
@@ -71,6 +72,17 @@ def _price(pace: Pace, lanes: Sequence[Lane], switch_s: float) -> tuple[ModelCos
         max_num_seqs=pace.at_once,
     )
     return costs, tuple(priced)
+
+
+def expect_traffic(per_s: Mapping[str, float], priced: Priced) -> Mapping[str, Traffic]:
+    """Say what will come for each model, by how many jobs a second come lately: usual ones."""
+    return {
+        model: Traffic(
+            per_s=per_s[model], prompt_tokens=0, output_tokens=priced.usual_s[model] * cost.decode_tokens_per_s
+        )
+        for model, cost in priced.costs.items()
+        if per_s.get(model)
+    }
 
 
 def see_workers(

@@ -19,19 +19,21 @@ from common.errors import Misconfigured
 from common.logs import get_logger
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
-from common.schemas import utc_now
+from common.schemas import JobRequest, utc_now
 from common.settings import Settings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess, show_in_flower
 from worker.catalog.hub import fetch_files
 from worker.catalog.weight_files import weight_files
 from worker.delivery.redis_steps import RedisSteps
+from worker.engines.base import Completion
 from worker.engines.orphans import end_orphans
 from worker.hardware.gpu import Machine
 from worker.jobs.capacities import Capacities
 from worker.jobs.cloud_lane import CloudLane
 from worker.jobs.failures import JobLimits
 from worker.jobs.job_lane import JobLane
+from worker.jobs.paces import Paces
 from worker.jobs.runner import JobRunner
 from worker.memory.measured import Measured, Measurement, device_name
 from worker.residency.board import ResidencyBoard
@@ -46,10 +48,15 @@ from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, ever
 from worker.scheduling.redis_cloud import RedisCloud
 from worker.scheduling.redis_queues import RedisQueues
 from worker.scheduling.redis_reroute import RedisReroute
+from worker.scheduling.redis_substitute import RedisSubstitute
+from worker.scheduling.redis_turns import RedisTurns
+from worker.scheduling.substitute import find_larger
 from worker.selection.describe import describe_choice
 from worker.selection.placement import Placement
 from worker.tasks import add_generate_task, add_switch_task
+from worker.telemetry.forecaster import Forecaster, publish_to
 from worker.telemetry.redis_measured import RedisMeasurements
+from worker.telemetry.redis_paces import RedisPaces
 from worker.telemetry.redis_sleep_notes import RedisSleepNotes
 from worker.telemetry.redis_status import RedisStatus
 from worker.telemetry.redis_switch_times import RedisSwitchTimes
@@ -134,6 +141,13 @@ class _Worker:
             served_elsewhere=lambda: served_elsewhere(client, self._name),
         )
         capacities = Capacities(placements, engines, threads=settings.worker.concurrency)
+        kept_paces = RedisPaces(client)
+        paces = Paces(
+            self._name,
+            at_once=lambda model_id: capacities.of(model_id).at_once,
+            in_flight=lambda model_id: r.in_flight if (r := board.read().resident(model_id)) else 0,
+            earlier=kept_paces.read(),
+        )
         runner = JobRunner(
             worker=self._name,
             store=store,
@@ -147,6 +161,7 @@ class _Worker:
             ),
             switch_seconds=history.seconds_between,
             stand_in=self._stand_in,
+            on_answer=_both_hear(capacities, paces),
         )
         queues = RedisQueues(client, list(placements), max_wait_s=settings.switch.max_wait_s)
         self._switcher = Switcher(
@@ -168,6 +183,8 @@ class _Worker:
             epoch=self._status.next_epoch(self._name),
         )
         consumer = CeleryConsumer()
+        self._turns = RedisTurns(client, self._name)
+        self._forecaster = Forecaster(self._name, publish_to(client))
         self._world = WorkerWorld(
             name=self._name,
             placements=choice.placements,
@@ -186,11 +203,17 @@ class _Worker:
             status=self._status,
             send_switch=self._send_switch,
             max_temperature_c=settings.switch.max_temperature_c,
+            turns=self._turns,
+            paces=paces,
+            kept_paces=kept_paces,
+            substitutes=RedisSubstitute(client),
+            forecaster=self._forecaster,
         )
         self._heart = Heart(
             Runtime(
                 self._world,
                 models=placements,
+                larger=find_larger(choice.placements),
                 starting=choice.starting.model_id if choice.starting else None,
                 max_wait_s=settings.switch.max_wait_s,
                 min_turn_s=settings.switch.min_turn_s,
@@ -224,17 +247,20 @@ class _Worker:
 
     def run(self) -> int:
         """Beat and consume; at the end: no more turns, jobs end, engines end, goodbye in Redis."""
+        self._forecaster.start()
         self._heart.start()
         try:
             with self._deadlines:
                 return self._process.run()
         finally:
             self._heart.end()
+            self._forecaster.end()
             self._page_cache.close()
             self._switcher.close()
             if self._stand_in is not None:
                 self._stand_in.engine.close()
             with suppress(RedisError, OSError):  # Redis is away: the status runs out by itself
+                self._turns.goodbye()
                 self._status.goodbye(self._name)
 
     def _leave(self) -> None:
@@ -277,6 +303,16 @@ def _keeper_of_measurements(
         measurements.save(Measurement(key=key, predicted=placement.memory, measured=measured, at=utc_now()))
 
     return keep
+
+
+def _both_hear(capacities: Capacities, paces: Paces) -> Callable[[str, JobRequest, Completion], None]:
+    """Tell both of an answer."""
+
+    def hear(model_id: str, request: JobRequest, completion: Completion) -> None:
+        capacities.answered(model_id, completion)
+        paces.answered(model_id, request, completion)
+
+    return hear
 
 
 def _both(

@@ -15,8 +15,9 @@ from common.schemas import HardwareStatus, SwitchStage
 from tests.factories import make_machine
 from worker.hardware.gpu import Machine
 from worker.runtime import Heart, Runtime
-from worker.scheduling.pick import Turn
-from worker.state.backlog import Backlog, Waiting
+from worker.scheduling.pick import Knowledge, Turn
+from worker.state.backlog import Backlog, Lane, Waiting
+from worker.state.pace import Pace
 from worker.state.residency import Level, Quarantine, Residency, Resident, Switching
 from worker.telemetry.summarize import summarize
 
@@ -38,6 +39,9 @@ class PaperWorld:
         self.now = 100.0
         self.is_loaded = NOTHING
         self.waits = Backlog()
+        self.known = Knowledge()
+        self.takes = 0
+        self.foretold: tuple[Residency, Backlog, Knowledge] | None = None
         self.deeds: list[str] = []
         self.prefetched: tuple[Residency, Backlog, float] | None = None
         self.offered_to_cloud: tuple[Residency, Backlog, float] | None = None
@@ -51,7 +55,17 @@ class PaperWorld:
     def residency(self) -> Residency:
         return self.is_loaded
 
-    def ask_for_switch(self, turn: Turn) -> None:
+    def knowledge(self, residency: Residency, *, now: float) -> Knowledge:
+        return self.known
+
+    def substitute(self, model_id: str, by: str, reason: str) -> int:
+        self.deeds.append(f"{by} takes {self.takes} jobs of {model_id}")
+        return self.takes
+
+    def foretell(self, residency: Residency, backlog: Backlog, known: Knowledge, **bounds: float) -> None:
+        self.foretold = (residency, backlog, known)
+
+    def ask_for_switch(self, turn: Turn, residency: Residency) -> None:
         self.deeds.append(f"switch to {turn.model_id}")
         self.is_loaded = replace(
             self.is_loaded, switching=Switching(to_model=turn.model_id or "", epoch=1, since=self.now)
@@ -86,7 +100,7 @@ class Beat:
     def __init__(self) -> None:
         self.world = PaperWorld()
         self.runtime = Runtime(
-            self.world, models=["a", "b"], starting="a", max_wait_s=600, min_turn_s=30, status_every_s=5,
+            self.world, models=["a", "b"], larger={"a": ["b"]}, starting="a", max_wait_s=600, min_turn_s=30, status_every_s=5,
             clock=lambda: self.world.now,
         )  # fmt: skip
 
@@ -263,3 +277,46 @@ def test_the_cloud_is_looked_at_with_what_is_loaded_and_what_waits(beat: Beat) -
     beat()
 
     assert beat.world.offered_to_cloud == (beat.world.is_loaded, beat.world.waits, beat.world.now)
+
+
+def auto_jobs(**counts: int) -> Backlog:
+    """Jobs that name no model, and have waited since the beginning."""
+    lanes = {m: (Lane(count=n, oldest_at=0.0, newest_at=0.0, any_model=True),) for m, n in counts.items()}
+    return Backlog(by_model={m: Waiting(count=counts[m], oldest_at=0.0, lanes=lanes[m]) for m in counts})
+
+
+@pytest.mark.parametrize(
+    ("takes", "deeds"),
+    [
+        (3, ["b takes 3 jobs of a"]),  # 3 jobs of 2 s, against a switch of 10 s: and the switch is saved
+        (0, ["b takes 0 jobs of a", "switch to a"]),  # it may take none of them
+    ],
+)
+def test_a_larger_model_takes_jobs_in_place_of_a_switch(beat: Beat, takes: int, deeds: list[str]) -> None:
+    """Where it is ready and that ends them sooner; where it may take none, the switch comes after all."""
+    beat.world.is_loaded = replace(with_ready("b"), switch_s={"a": 10.0, "b": 10.0})
+    beat.world.waits = auto_jobs(a=3)
+    beat.world.known = Knowledge(paces={"a": Pace(job_s=1.0), "b": Pace(job_s=2.0)})
+    beat.world.takes = takes
+
+    assert beat()[: len(deeds)] == deeds
+
+
+def test_what_other_workers_serve_is_left_to_them(beat: Beat) -> None:
+    """The one job of a model that is ready elsewhere is no reason for a switch."""
+    beat.world.is_loaded = replace(with_ready("a"), switch_s={"a": 10.0, "b": 10.0})
+    beat.world.waits = waiting(b=1)
+    assert "switch to b" in beat()
+
+    beat.world.is_loaded = replace(with_ready("a"), switch_s={"a": 10.0, "b": 10.0})
+    beat.world.known = Knowledge(elsewhere={"b": 1})
+    assert "switch to b" not in beat()
+
+
+def test_producers_are_told_what_is_foreseen_from_what_is_seen(beat: Beat) -> None:
+    """In every beat: what is loaded, what waits, what is known."""
+    beat.world.is_loaded = with_ready("a")
+    beat.world.waits = waiting(a=1)
+    beat()
+
+    assert beat.world.foretold == (beat.world.is_loaded, beat.world.waits, beat.world.known)

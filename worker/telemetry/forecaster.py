@@ -1,0 +1,99 @@
+"""
+Foresees in the background when the waiting jobs will end, and tells producers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+
+from common import keys
+from common.logs import get_logger
+from common.redis_client import RedisClient
+from common.schemas import Forecast
+from worker.simulate.forecast import Snapshot, forecast_backlog
+from worker.simulate.tell import tell_forecast
+
+logger = get_logger(__name__)
+
+_SHARE = 30  # a forecast is followed by so many times its own time of rest: it takes 3 % of one core at most
+_REST_S = 1.0  # at least, while jobs wait
+_IDLE_S = 5.0  # likewise, while none does
+_MARGIN_S = 10.0  # how much longer than until the next one a forecast is good for
+
+
+class Forecaster(threading.Thread):
+    """
+    Runs one forecast after the other, with rests between; the newest snapshot is the one that counts.
+
+    Parameters
+    ----------
+    worker
+        Who tells.
+    publish
+        Where the forecasts go.
+    """
+
+    def __init__(self, worker: str, publish: Callable[[Iterable[Forecast]], object]) -> None:
+        super().__init__(name="forecaster", daemon=True)
+        self._worker = worker
+        self._publish = publish
+        self._wanted: tuple[Snapshot, Collection[str]] | None = None
+        self._changed = threading.Condition()
+        self._due_at = 0.0  # monotonic
+        self._scene: object = None
+        self._ending = False
+
+    def is_due(self, scene: object) -> bool:
+        """Is there time for the next forecast, or is the *scene* (who serves what) another than in the last one?"""
+        return self._wanted is None and (time.monotonic() >= self._due_at or scene != self._scene)
+
+    def want(self, snapshot: Snapshot, models: Collection[str], scene: object) -> None:
+        """Foresee this, and tell what concerns *models*."""
+        with self._changed:
+            self._wanted, self._scene = (snapshot, models), scene
+            self._changed.notify()
+
+    def run(self) -> None:
+        """Work until `end` is called."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted is not None or self._ending)
+                if self._ending or self._wanted is None:
+                    return
+                snapshot, models = self._wanted
+            try:
+                self._tell(snapshot, models)
+            except Exception as error:  # noqa: BLE001 - Redis away: producers hear of the next one
+                logger.warning("telemetry.no_forecast", error=f"{type(error).__name__}: {error}")
+            self._wanted = None
+
+    def _tell(self, snapshot: Snapshot, models: Collection[str]) -> None:
+        began = time.monotonic()
+        found = forecast_backlog(snapshot)
+        ended = time.monotonic()
+        waits = any(waiting.count for waiting in snapshot.backlog.by_model.values())
+        rest_s = max(_REST_S if waits else _IDLE_S, _SHARE * (ended - began))
+        self._due_at = ended + rest_s
+        told = {model: finishes for model, finishes in found.items() if model in models}
+        self._publish(tell_forecast(told, snapshot, worker=self._worker, valid_s=rest_s + _MARGIN_S))
+
+    def end(self) -> None:
+        """Stop after the forecast under way."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        if self.is_alive():
+            self.join()
+
+
+def publish_to(client: RedisClient) -> Callable[[Iterable[Forecast]], object]:
+    """Give what writes forecasts to keys.FORECASTS, in the place of earlier ones."""
+
+    def publish(forecasts: Iterable[Forecast]) -> None:
+        fields = {forecast.model: forecast.model_dump_json() for forecast in forecasts}
+        if fields:
+            client.hset(keys.FORECASTS, mapping=fields)
+
+    return publish
