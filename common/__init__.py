@@ -19,11 +19,12 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
-from common.schemas import HardwareStatus, JobRequest, JobState, JobView, Ledger, Outcome, StreamEvent
+from common.schemas import Estimate, HardwareStatus, JobRequest, JobState, JobView, Ledger, Outcome, StreamEvent
 
 __all__ = [
     "AttemptsExhausted",
     "DeadlineExceeded",
+    "Estimate",
     "HardwareStatus",
     "InvalidRequest",
     "JobCancelled",

@@ -133,6 +133,11 @@ class RedisBacklog:
         found = self._redis.eval(scripts.RANK, 1, keys.backlog(queue), job_id, *([] if now is None else [now]))
         return None if found is None else int(found)
 
+    def rank_of_new(self, queue: str, place: Place) -> int:
+        """How many jobs would be served before one with this *place* that came now."""
+        step = max(step for step in keys.PRIORITY_STEPS if step <= place.priority)
+        return int(self._redis.eval(scripts.RANK_OF_NEW, 1, keys.backlog(queue), step, place.tenant))
+
     def find(self, queue: str, job_id: str) -> str | None:
         """The message of a waiting job; None = it is not here."""
         found: str | None = self._redis.hget(keys.backlog_messages(queue), job_id)

@@ -212,6 +212,14 @@ promote(KEYS[1], ARGV[2] or redis.call('TIME')[1])
 return redis.call('ZRANK', KEYS[1] .. ':order', member_of(ARGV[1], cmsgpack.unpack(packed)))
 """
 
+# KEYS: the backlog. ARGV: a class, a tenant. Returns how many jobs would be served before one of theirs that came now.
+RANK_OF_NEW: Final = f"""{LIBRARY}
+promote(KEYS[1], redis.call('TIME')[1])
+local at = redis.call('HMGET', KEYS[1] .. ':shares:' .. ARGV[1], 'now', 'end of ' .. ARGV[2])
+local tag = math.max(tonumber(at[1] or 0), tonumber(at[2] or 0))
+return redis.call('ZCOUNT', KEYS[1] .. ':order', '-inf', string.format('%.0f', (USUAL + ARGV[1]) * UNIT + tag))
+"""
+
 # KEYS: the backlog. Returns {the sums as they lie there, per lane {lane, first arrival, last, first deadline or nil}}.
 # Whatever the number of jobs, it looks at each lane once.
 READ: Final = """

@@ -4,6 +4,7 @@ The producer's side: submit a job, ask how it is, follow its tokens, wait for it
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -21,11 +22,22 @@ from common.backlog import RedisBacklog
 from common.celery_app import create_producer_app
 from common.door import Door
 from common.errors import JobCancelled, NotEndedYet, RedisFull, RedisUnavailable, ShiftworkerError
+from common.estimates import Estimates
 from common.fleet import read_offers, read_statuses
 from common.job_stream import START, aread_stream, read_stream
 from common.redis_client import connect, connect_async, ping, without_password
 from common.redis_job_store import RedisJobStore
-from common.schemas import HardwareStatus, JobRequest, JobState, JobView, Ledger, Offer, Outcome, StreamEvent
+from common.schemas import (
+    Estimate,
+    HardwareStatus,
+    JobRequest,
+    JobState,
+    JobView,
+    Ledger,
+    Offer,
+    Outcome,
+    StreamEvent,
+)
 from common.settings import Settings
 from common.waiting_jobs import RedisWaitingJobs, cancelled_waiting
 
@@ -61,6 +73,7 @@ class JobClient:
         self._store = RedisJobStore(self._redis, ttl_s=settings.job.result_ttl_s)
         self._waiting = RedisWaitingJobs(self._redis, ttl_s=settings.job.result_ttl_s)
         self._backlog = RedisBacklog(self._redis)
+        self._estimates = Estimates(self._redis)
         self._reached_at = -_REACHED_S  # when Redis last took a job; monotonic
         self._door = Door(self._redis, settings.limit)
 
@@ -196,9 +209,34 @@ class JobClient:
     def status(self, job_id: str) -> JobView:
         """What is known of the job now; UNKNOWN until the router has seen it."""
         view = self._store.view(job_id)
-        if view.state is not JobState.ROUTED or view.model is None:
-            return view
-        return view.model_copy(update={"ahead": self._backlog.rank(keys.model_queue(view.model), job_id)})
+        if view.state is JobState.ROUTED and view.model is not None:
+            view = view.model_copy(update={"ahead": self._backlog.rank(keys.model_queue(view.model), job_id)})
+        return view.model_copy(update={"finish": self._estimates.of_job(view)})
+
+    def estimate(self, job: str | Mapping[str, Any] | JobRequest) -> Estimate | None:
+        """
+        Say when *job* will have ended, switches ahead of it included: by its id, or a request that would be sent now.
+
+        The range holds for 8 of 10 jobs. None = nobody knows: the job has ended or is not routed yet, no worker is
+        there, or a model whose turn comes before was never measured. For a request that leaves the choice to the
+        router, the range covers all models that it may choose; once sent and routed, it is that of the chosen one.
+
+        Raises
+        ------
+        InvalidRequest
+            The body is not valid.
+        """
+        if isinstance(job, str):
+            return self.status(job).finish
+        return self._estimates.of_request(job if isinstance(job, JobRequest) else JobRequest.parse(dict(job)))
+
+    async def aestimate(self, job: str | Mapping[str, Any] | JobRequest) -> Estimate | None:
+        """Say what `estimate` says, without blocking the event loop."""
+        return await asyncio.to_thread(self.estimate, job)
+
+    async def astatus(self, job_id: str) -> JobView:
+        """Say what `status` says, without blocking the event loop."""
+        return await asyncio.to_thread(self.status, job_id)
 
     def cancel(self, job_id: str) -> bool:
         """

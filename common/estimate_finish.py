@@ -10,6 +10,8 @@ from datetime import datetime
 
 from common.schemas import Estimate, Forecast, Foreseen
 
+_SOME_MORE, _FEW = 1.25, 8  # so many may have come since; of more, the next forecast tells within a second
+
 
 def estimate_finish(forecast: Forecast | None, *, ahead: int, now: datetime) -> Estimate | None:
     """
@@ -17,7 +19,7 @@ def estimate_finish(forecast: Forecast | None, *, ahead: int, now: datetime) -> 
 
     1. Is there a forecast, and is it new enough?   Else nobody knows.
     2. Where does the job stand in it?              Between two points: in proportion. Beyond the last: a usual job's
-                                                    share of the engine for each.
+                                                    share of the engine for each. Far beyond: nobody has looked yet.
     3. Are the jobs before it being answered?       Then they leave while time passes, and as many before it take as
                                                     long as they did. Else the moments stay, and come nearer.
     """
@@ -25,6 +27,8 @@ def estimate_finish(forecast: Forecast | None, *, ahead: int, now: datetime) -> 
         return None
     age_s = (now - forecast.at).total_seconds()
     if age_s > forecast.valid_s:
+        return None
+    if ahead > _SOME_MORE * forecast.points[-1].ahead + _FEW:
         return None
     low_s, high_s, switches = _read(forecast.points, ahead, forecast.next_s)
     gone_s = 0.0 if forecast.serving else max(0.0, age_s)

@@ -348,6 +348,17 @@ class DeadLetter(_Stored):
     body: dict[str, Any] = Field(description="the request, as it was sent")
 
 
+class Estimate(_Stored):
+    """When a job will have ended."""
+
+    low_s: float = Field(description="from now")
+    high_s: float = Field(description="from now")
+    confidence: float = Field(default=0.8, description="the share of jobs that end between the two")
+    model: str | None = Field(default=None, description="None = the router has not chosen: the range covers its choice")
+    ahead: int | None = Field(default=None, description="waiting jobs of its model that are served before it")
+    switches: int | None = Field(default=None, description="of models that it is likely to wait for")
+
+
 class JobView(_Stored):
     """What is known of a job that may not have ended yet."""
 
@@ -358,6 +369,7 @@ class JobView(_Stored):
     why: str | None = None
     queued_at: AwareDatetime | None = None
     ahead: int | None = Field(default=None, description="waiting jobs of its model that are served before it")
+    finish: Estimate | None = Field(default=None, description="when it will have ended; None = nobody knows")
     attempts: int = 0
     webhook: str | None = Field(default=None, description='"due", "delivered", or why it was given up; None = none')
     faults: tuple[Fault, ...] = Field(default=(), description="what failed under its attempts, the oldest first")
@@ -488,6 +500,7 @@ class ModelPace(_Stored):
     at_once: int = Field(ge=1, description="jobs that run side by side")
     in_flight: float = Field(ge=0, description="jobs that were in the engine together, those that stood behind too")
     run_s: float = Field(ge=0, description="of a job among others")
+    job_s: float | None = Field(default=None, description="for each answer, all together, while others waited")
     deviation_s: float = Field(ge=0, description="how far single jobs are from run_s: the standard deviation")
     prompt_tokens: float | None = None
     prefill_s: float | None = None
@@ -516,17 +529,7 @@ class Forecast(_Stored):
     serving: bool = Field(description="its jobs are being answered: those before a job leave while time passes")
     points: tuple[Foreseen, ...] = Field(min_length=1, description="by growing `ahead`, from 0")
     next_s: float = Field(ge=0, description="later, for each job beyond the last of the points")
-
-
-class Estimate(_Stored):
-    """When a job will have ended."""
-
-    low_s: float = Field(description="from now")
-    high_s: float = Field(description="from now")
-    confidence: float = Field(default=0.8, description="the share of jobs that end between the two")
-    model: str | None = Field(default=None, description="None = the router has not chosen: the range covers its choice")
-    ahead: int | None = Field(default=None, description="waiting jobs of its model that are served before it")
-    switches: int | None = Field(default=None, description="of models that it is likely to wait for")
+    longest_s: float | None = Field(default=None, description="9 of 10 jobs take no longer, once they run")
 
 
 class QueueStatus(_Stored):

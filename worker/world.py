@@ -48,6 +48,7 @@ from worker.telemetry.summarize import summarize
 logger = get_logger(__name__)
 
 _SWITCHES_SHOWN = 10
+_SELDOM_BUSY_ERROR = 0.2  # of the pace of a model that was never seen with all its places taken, for a while
 _HEARS_EVERY_S = 5.0  # what other workers measure, and tells what this one does
 
 
@@ -187,12 +188,14 @@ class WorkerWorld:
         now: float,
     ) -> None:
         """See World."""
+        self._paces.look(residency, backlog, now=now)
         measured = self._paces.known(self._needs)
         ever = {model: found.count for model, found in measured.items()}
         for resident in residency.residents:
             ever[resident.model_id] = ever.get(resident.model_id, 0) + resident.in_flight
         self._arrivals.look({m: backlog.count(m) + ever.get(m, 0) for m in self._needs}, now=now)
-        scene = residency.ready_models, residency.switching, self._others
+        sizes = tuple(backlog.count(model).bit_length() for model in self._needs)  # as many again is news
+        scene = residency.ready_models, residency.switching, self._others, sizes
         if not self._forecaster.is_due(scene):
             return
         priced = price_backlog(backlog, known.paces, residency)
@@ -207,6 +210,7 @@ class WorkerWorld:
             usual_s=priced.usual_s,
             workers=see_workers(residency, list(self._others.values()), priced, now=now),
             traffic=expect_traffic(self._arrivals.per_s(), priced),
+            pace_error={m: _SELDOM_BUSY_ERROR for m, found in measured.items() if found.job_s is None},
             spread={m: found.deviation_s / found.run_s for m, found in measured.items() if found.run_s},
         )
         ours = [m for m in priced.costs if residency.ready(m) or not known.elsewhere.get(m)]

@@ -11,9 +11,14 @@ from dataclasses import dataclass, replace
 
 from common.schemas import JobRequest, ModelPace, utc_now
 from worker.engines.base import Completion
+from worker.state.backlog import Backlog
 from worker.state.pace import Pace
+from worker.state.residency import Level, Residency
 
 _NEWEST = 0.05  # the least weight of the newest job in a mean: about the last twenty count
+_FORGOTTEN = 400  # jobs; of more, the older half counts half
+_WARM = 2  # times that a job takes: by then all places are taken, and end one after the other
+_TURNS = 3  # jobs for each place: fewer say little of how many end in a second
 
 
 @dataclass(slots=True)
@@ -29,6 +34,25 @@ class _Mean:
         self.count += 1
         before = value if self.value is None else self.value
         self.value = before + max(1 / self.count, _NEWEST) * (value - before)
+
+
+class _AtWork:
+    """Seconds and answers of the time in which jobs waited all along: what a job costs, with all that comes between."""
+
+    def __init__(self, job_s: float | None) -> None:
+        self._seconds, self._jobs = (job_s * _FORGOTTEN / 2, _FORGOTTEN / 2) if job_s else (0.0, 0.0)
+        self._last: tuple[float, int] | None = None  # the last look: when, and how many were answered by then
+
+    def look(self, answered: int, *, full: bool, now: float) -> None:
+        if full and self._last is not None:
+            self._seconds += now - self._last[0]
+            self._jobs += answered - self._last[1]
+            if self._jobs > _FORGOTTEN:
+                self._seconds, self._jobs = self._seconds / 2, self._jobs / 2
+        self._last = (now, answered) if full else None
+
+    def job_s(self, least: int) -> float | None:
+        return self._seconds / self._jobs if self._jobs >= least else None
 
 
 class _Measured:
@@ -48,6 +72,7 @@ class _Measured:
         self.prompt_tokens, self.prefill_s = said("prompt_tokens"), said("prefill_s")
         self.output_tokens, self.decode_s = said("output_tokens"), said("decode_s")
         self.output_share = said("output_share")
+        self.at_work = _AtWork(before.job_s if before else None)
 
     def add(self, request: JobRequest, completion: Completion, in_flight: int) -> None:
         self.count += 1
@@ -101,6 +126,19 @@ class Paces:
         with self._lock:
             self._here.setdefault(model_id, _Measured(None)).add(request, completion, in_flight)
 
+    def look(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
+        """See at *now* (Unix seconds) which models are kept busy: jobs wait for them all along."""
+        with self._lock:
+            for model, found in self._here.items():
+                resident = residency.resident(model)
+                full = (
+                    resident is not None
+                    and resident.level is Level.READY
+                    and backlog.count(model) > 0
+                    and now - resident.since > _WARM * (found.run_s.value or 0.0)
+                )
+                found.at_work.look(found.count, full=full, now=now)
+
     def learn(self, paces: Iterable[ModelPace]) -> None:
         """Hear what the workers have measured; of each model, the newest that is not ours counts."""
         others = sorted((found for found in paces if found.worker != self._worker), key=lambda found: found.at)
@@ -129,6 +167,7 @@ class Paces:
             at_once=self._at_once(model),
             in_flight=found.in_flight.value or 0.0,
             run_s=run_s,
+            job_s=found.at_work.job_s(least=_TURNS * self._at_once(model)),
             deviation_s=math.sqrt(max(0.0, (found.run_s_squared.value or 0.0) - run_s**2)),
             prompt_tokens=found.prompt_tokens.value,
             prefill_s=found.prefill_s.value,
@@ -143,18 +182,20 @@ def pace_of(found: ModelPace) -> Pace:
     """
     Give the rates behind what was measured.
 
-    Where an engine does not say how long it read and wrote, the time of a whole job counts: it works on so many at
-    once that one ends every run_s / at_once, or has more in hand, and then run_s is longer by what they wait in it.
+    What counts is how many were answered while others waited. Before that was seen, an engine works on so many at once
+    that one ends every run_s / at_once; or it has more in hand, and run_s is longer by what they wait in it. Where the
+    engine says how long it read and wrote, jobs are told apart by their tokens.
     """
     together = max(found.at_once, round(found.in_flight))
-    pace = Pace(job_s=found.run_s / together, at_once=together, output_tokens=found.output_tokens)
-    if found.output_share is not None:
-        pace = replace(pace, output_share=found.output_share)
+    job_s = found.job_s or found.run_s / together
+    share = 1.0 if found.output_share is None else found.output_share
+    pace = Pace(job_s=job_s, at_once=together, output_tokens=found.output_tokens, output_share=share)
     if not (found.prompt_tokens and found.prefill_s and found.output_tokens and found.decode_s):
         return pace
+    slower = found.job_s * found.at_once / (found.prefill_s + found.decode_s) if found.job_s else 1.0
     return replace(
         pace,
         at_once=found.at_once,
-        prefill_tokens_per_s=found.prompt_tokens / found.prefill_s,
-        decode_tokens_per_s=found.output_tokens / found.decode_s,
+        prefill_tokens_per_s=found.prompt_tokens / found.prefill_s / slower,
+        decode_tokens_per_s=found.output_tokens / found.decode_s / slower,
     )

@@ -19,7 +19,7 @@ from worker.state.backlog import Backlog, Lane
 
 _RUNS = 30
 _MOST = 250  # jobs in a run; of more, several are played as one
-_PACE_ERROR = 0.05  # how far a measured pace or switch is off for a whole run; of a normal distribution
+_ERROR = 0.05  # how far a measured pace or switch is off for a whole run: a normal distribution's standard deviation
 _RANGE = 0.1, 0.9
 _SPREAD = 0.5  # of the times of single jobs, where nobody has measured it
 _STEP = 1.4  # from one place in the line that is told to the next
@@ -46,6 +46,7 @@ class Snapshot:
     usual_s: Mapping[str, float] = field(default_factory=dict)  # that one job takes among others, by model
     workers: Sequence[Start] = (Start(),)
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    pace_error: Mapping[str, float] = field(default_factory=dict)  # how far it is off for a whole run; 0.05 unless told
     spread: Mapping[str, float] = field(default_factory=dict)  # of single jobs' times: standard deviation by mean
 
 
@@ -147,7 +148,7 @@ def _play(snapshot: Snapshot, bundle: int, dice: random.Random) -> _Played:
         line.setdefault(job.model, []).append(number)
     for numbers in line.values():
         numbers.sort(key=lambda n: rank(jobs[n], n, snapshot.max_wait_s))
-    costs = {model: _unsure(cost, dice) for model, cost in usual.items()}
+    costs = {model: _unsure(cost, snapshot.pace_error.get(model, _ERROR), dice) for model, cost in usual.items()}
     starts = [_unsure_start(start, snapshot.now, dice) for start in snapshot.workers]
     coming = _coming(snapshot, usual, bundle, dice)
     run = simulate(
@@ -250,8 +251,8 @@ def _coming(snapshot: Snapshot, costs: Mapping[str, ModelCosts], bundle: int, di
     return sorted(jobs, key=lambda job: job.arrival_s)
 
 
-def _unsure(cost: ModelCosts, dice: random.Random) -> ModelCosts:
-    faster, slower = (max(0.5, dice.gauss(1, _PACE_ERROR)) for _ in range(2))
+def _unsure(cost: ModelCosts, error: float, dice: random.Random) -> ModelCosts:
+    faster, slower = max(0.5, dice.gauss(1, error)), max(0.5, dice.gauss(1, _ERROR))
     return cost.model_copy(
         update={
             "prefill_tokens_per_s": cost.prefill_tokens_per_s * faster,

@@ -11,6 +11,8 @@ from common.schemas import Forecast, Foreseen
 from worker.simulate.forecast import Finish, Snapshot
 from worker.simulate.policies import pace_of
 
+_NINE_OF_TEN = 1.2816  # standard deviations above the mean
+
 
 def tell_forecast(
     found: Mapping[str, Sequence[Finish]], snapshot: Snapshot, *, worker: str, valid_s: float
@@ -30,7 +32,14 @@ def tell_forecast(
             serving=model in serving,
             points=tuple(_point(finish, snapshot.now) for finish in finishes),
             next_s=share_s,
+            longest_s=longest_s(snapshot, model),
         )
+
+
+def longest_s(snapshot: Snapshot, model: str) -> float | None:
+    """Seconds that 9 of 10 jobs of the model do not exceed, by the normal distribution; None = nobody knows."""
+    usual_s = snapshot.usual_s.get(model)
+    return None if usual_s is None else usual_s * (1 + _NINE_OF_TEN * snapshot.spread.get(model, 0.0))
 
 
 def _point(finish: Finish, now: float) -> Foreseen:

@@ -17,7 +17,9 @@ from worker.simulate.tell import tell_forecast
 
 logger = get_logger(__name__)
 
-_SHARE = 30  # a forecast is followed by so many times its own time of rest: it takes 3 % of one core at most
+_SHARE = 30  # a forecast is followed by so many times its own time of rest: it takes 3 % of one core
+_SHARE_OF_NEWS = 5  # likewise, if what it began with has changed much
+_NEWS_S = 0.2  # at least, then
 _REST_S = 1.0  # at least, while jobs wait
 _IDLE_S = 5.0  # likewise, while none does
 _MARGIN_S = 10.0  # how much longer than until the next one a forecast is good for
@@ -41,13 +43,13 @@ class Forecaster(threading.Thread):
         self._publish = publish
         self._wanted: tuple[Snapshot, Collection[str]] | None = None
         self._changed = threading.Condition()
-        self._due_at = 0.0  # monotonic
+        self._due_at = self._news_at = 0.0  # monotonic: from when on one is due, with news or without
         self._scene: object = None
         self._ending = False
 
     def is_due(self, scene: object) -> bool:
-        """Is there time for the next forecast, or is the *scene* (who serves what) another than in the last one?"""
-        return self._wanted is None and (time.monotonic() >= self._due_at or scene != self._scene)
+        """Is it time for the next forecast? Sooner, if the *scene* (who serves what, how much waits) is another."""
+        return self._wanted is None and time.monotonic() >= (self._due_at if scene == self._scene else self._news_at)
 
     def want(self, snapshot: Snapshot, models: Collection[str], scene: object) -> None:
         """Foresee this, and tell what concerns *models*."""
@@ -76,6 +78,7 @@ class Forecaster(threading.Thread):
         waits = any(waiting.count for waiting in snapshot.backlog.by_model.values())
         rest_s = max(_REST_S if waits else _IDLE_S, _SHARE * (ended - began))
         self._due_at = ended + rest_s
+        self._news_at = ended + max(_NEWS_S, _SHARE_OF_NEWS * (ended - began))
         told = {model: finishes for model, finishes in found.items() if model in models}
         self._publish(tell_forecast(told, snapshot, worker=self._worker, valid_s=rest_s + _MARGIN_S))
 

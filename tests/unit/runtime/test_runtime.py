@@ -100,8 +100,8 @@ class Beat:
     def __init__(self) -> None:
         self.world = PaperWorld()
         self.runtime = Runtime(
-            self.world, models=["a", "b"], larger={"a": ["b"]}, starting="a", max_wait_s=600, min_turn_s=30, status_every_s=5,
-            clock=lambda: self.world.now,
+            self.world, models=["a", "b"], larger={"a": ["b"]}, starting="a", max_wait_s=600, min_turn_s=30,
+            status_every_s=5, clock=lambda: self.world.now,
         )  # fmt: skip
 
     def __call__(self, *, after_s: float = 0.2) -> list[str]:
