@@ -220,7 +220,7 @@ def plan(
     workers: Annotated[int, typer.Option(min=1, help="Workers on the one queue.")] = 1,
     max_wait: Annotated[float | None, typer.Option(min=0, help="Seconds; unset = SWITCH_MAX_WAIT_S.")] = None,
     *,
-    live: Annotated[bool, typer.Option("--live", help="Instead of a trace: what waits now, for one worker.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Instead of a trace: what waits now.")] = False,
     turns: Annotated[bool, typer.Option("--turns", help="Show each turn, and why it was taken.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -261,13 +261,11 @@ def _plan_live(settings: Settings, costs_file: Path, max_wait_s: float, *, as_js
     ping(client, settings.redis.url)
     found = read_statuses(client)
     offered = {model.id for offer in read_offers(client) for model in offer.models}
-    ready = next((r for status in found for r in status.residents if r.level == "ready"), None)
     planned = plan_backlog(
         RedisQueues(client, sorted(offered | costs.keys())).backlog(),
         costs,
         now=time.time(),
-        ready=ready.model if ready else None,
-        ready_since=ready.since.timestamp() if ready else 0.0,
+        workers=found,
         max_wait_s=max_wait_s,
         min_turn_s=settings.switch.min_turn_s,
     )
@@ -276,7 +274,7 @@ def _plan_live(settings: Settings, costs_file: Path, max_wait_s: float, *, as_js
         return
     for model, jobs in planned.jobs.items():
         _out.print(f"{model}: {jobs} jobs, the last ends in {planned.finish_s[model]:,.0f} s", highlight=False)
-    _out.print(f"{planned.switches} switches", highlight=False)
+    _out.print(f"{planned.switches} switches on {planned.workers} workers", highlight=False)
 
 
 @app.command()

@@ -41,11 +41,13 @@ class RedisTurns:
 
     def look(self, models: Iterable[str]) -> Mapping[str, Sequence[str]]:
         """Say that this worker serves or loads *models*; give those of each other worker that is alive."""
-        told: dict[str, str] = self._redis.hgetall(keys.TURNS)
-        self._changes = told.pop(_CHANGES, "0")
         mine = _text(models)
-        if told.pop(self._worker, None) != mine:
+        told: dict[str, str] = self._redis.hgetall(keys.TURNS)
+        if told.get(self._worker) != mine:
             self._set(keys=[keys.TURNS], args=[self._worker, mine])
+            told = self._redis.hgetall(keys.TURNS)
+        self._changes = told.pop(_CHANGES, "0")
+        told.pop(self._worker, None)
         alive = read_alive(self._redis, told) if told else frozenset()
         return {worker: json.loads(told[worker]) for worker in sorted(alive)}
 

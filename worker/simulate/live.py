@@ -4,29 +4,33 @@ Plans what waits now: switches and finish, before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import BadSetting
+from common.schemas import HardwareStatus
 from worker.simulate.costs import ModelCosts
 from worker.simulate.forecast import jobs_of
 from worker.simulate.policies import shiftworker
 from worker.simulate.run import Start, simulate
 from worker.state.backlog import Backlog
+from worker.state.residency import Level
 
 
 @dataclass(frozen=True, kw_only=True)
 class LivePlan:
-    """What one worker alone would do with the jobs that wait, if no more came."""
+    """What the workers would do with the jobs that wait, if no more came."""
 
     jobs: Mapping[str, int]  # by model
+    workers: int
     switches: int
     finish_s: Mapping[str, float]  # by model: seconds from now until its last job has ended
 
     def as_dict(self) -> dict[str, Any]:
         """Give it as one JSON object, rounded to a millisecond."""
         return {
+            "workers": self.workers,
             "switches": self.switches,
             "finish_s": round(max(self.finish_s.values(), default=0.0), 3),
             "models": {
@@ -39,15 +43,14 @@ def plan_backlog(
     backlog: Backlog,
     costs: Mapping[str, ModelCosts],
     *,
+    workers: Sequence[HardwareStatus],
     now: float,
-    ready: str | None = None,
-    ready_since: float = 0.0,
     max_wait_s: float,
     min_turn_s: float,
 ) -> LivePlan:
     """
-    Run the decision forward from *now* (Unix seconds), with jobs that are all of their lane's mean size; *ready* is
-    loaded, since *ready_since*.
+    Run the decision forward from *now* (Unix seconds) on the *workers* that are alive, or on one if none is; jobs are
+    all of their lane's mean size.
 
     Raises
     ------
@@ -70,13 +73,30 @@ def plan_backlog(
         for job in jobs_of(lane, model, now=now, sizes=[1 / lane.count] * lane.count)
     ]
     jobs.sort(key=lambda job: job.arrival_s)
-    here = ready if ready in costs else None
-    start = Start(at_s=now, ready=here, since_s=ready_since, started=frozenset({here} if here else ()))
+    starts = [_start(worker, costs, now=now) for worker in workers] or [Start(at_s=now)]
     decide = shiftworker(costs, max_wait_s=max_wait_s, min_turn_s=min_turn_s)
-    run = simulate(jobs, costs, decide, max_wait_s=max_wait_s, starts=(start,))
+    run = simulate(jobs, costs, decide, max_wait_s=max_wait_s, starts=starts)
     finish = dict.fromkeys(waiting, 0.0)
     for job, end in zip(jobs, run.ends, strict=True):
         finish[job.model] = max(finish[job.model], end - now)
+    under_way = sum(start.target is not None for start in starts)
     return LivePlan(
-        jobs={model: found.count for model, found in waiting.items()}, switches=len(run.turns), finish_s=finish
+        jobs={model: found.count for model, found in waiting.items()},
+        workers=len(starts),
+        switches=under_way + len(run.turns),
+        finish_s=finish,
     )
+
+
+def _start(worker: HardwareStatus, costs: Mapping[str, ModelCosts], *, now: float) -> Start:
+    """How a worker is; a model that the costs do not name is not there, and a switch under way has just begun."""
+    ready = next((r for r in worker.residents if r.level == Level.READY and r.model in costs), None)
+    started = frozenset(r.model for r in worker.residents if Level(r.level).asleep or r is ready)
+    if worker.switching_to in costs:
+        in_s = (
+            costs[worker.switching_to].wake_s if worker.switching_to in started else costs[worker.switching_to].load_s
+        )
+        return Start(at_s=now, target=worker.switching_to, target_at_s=now + in_s, started=started)
+    if ready is None:
+        return Start(at_s=now, started=started)
+    return Start(at_s=now, ready=ready.model, since_s=ready.since.timestamp(), started=started)
