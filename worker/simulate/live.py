@@ -92,11 +92,9 @@ def _start(worker: HardwareStatus, costs: Mapping[str, ModelCosts], *, now: floa
     """How a worker is; a model that the costs do not name is not there, and a switch under way has just begun."""
     ready = next((r for r in worker.residents if r.level == Level.READY and r.model in costs), None)
     started = frozenset(r.model for r in worker.residents if Level(r.level).asleep or r is ready)
-    if worker.switching_to in costs:
-        in_s = (
-            costs[worker.switching_to].wake_s if worker.switching_to in started else costs[worker.switching_to].load_s
-        )
-        return Start(at_s=now, target=worker.switching_to, target_at_s=now + in_s, started=started)
+    if (target := worker.switching_to) is not None and target in costs:
+        in_s = costs[target].wake_s if target in started else costs[target].load_s
+        return Start(at_s=now, target=target, target_at_s=now + in_s, started=started)
     if ready is None:
         return Start(at_s=now, started=started)
     return Start(at_s=now, ready=ready.model, since_s=ready.since.timestamp(), started=started)
