@@ -150,6 +150,6 @@ def test_what_vllm_answers_is_what_arrives(box: Box) -> None:
         for piece in choice["delta"].get("tool_calls") or ()
     ]
     calls = [call["function"]["arguments"] for call in outcome.response["choices"][0]["message"]["tool_calls"]]
-    assert len(pieces) > len(calls)
+    assert len(pieces) >= len(calls) > 0
     assert ["".join(text for at, text in pieces if at == index) for index in range(len(calls))] == calls
     assert all(is_place(call) for call in calls)

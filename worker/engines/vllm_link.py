@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,10 @@ from worker.engines.base import Call, Completion, JobStopped, OnAnswer, OnChunk,
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 from worker.engines.interpret import completion_of, interpret, read_chunk
 
+SEND_S = 30.0  # its event loop reads all the time; a loop that stands still for so long does not come back
+
 _RECEIVE_BYTES = 256 * 1024
+_TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _LAST_EVENT = b"[DONE]"
 
 
@@ -29,10 +33,21 @@ class Link:
     """
     One engine's connection, a `Channel`; *on_news* hears, on the reader's thread, what answers no request.
 
-    The last news is ENDED, whether the host has said it or the connection broke.
+    The last news is ENDED, whether the host has said it or the connection broke. An engine that takes nothing for
+    *send_s* seconds while there is something to send counts as ended: it hangs.
     """
 
-    def __init__(self, connection: socket.socket, *, name: str, log: Path, on_news: Callable[[Frame], object]) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        *,
+        name: str,
+        log: Path,
+        on_news: Callable[[Frame], object],
+        send_s: float = SEND_S,
+    ) -> None:
+        # Of sending alone: a timeout of Python's would be of receiving too.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(send_s), int(send_s % 1 * 1e6)))
         self.ended = False
         self._connection = connection
         self._name = name
@@ -141,8 +156,11 @@ class Link:
                 self._write(pack(frame))
 
     def _write(self, data: bytes) -> None:
-        with suppress(OSError):  # broken: the reader sees that too, and tells every caller
+        try:
             self._connection.sendall(data)
+        except OSError:  # broken, or it takes no more: either way in the middle of a frame
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)  # the reader sees that, and tells every caller
 
     def _read(self) -> None:
         """Hand out what the engine says, until it has ended."""
