@@ -21,7 +21,8 @@ from common.schemas import JobRequest, Ledger, Outcome, Route, utc_now
 from worker.delivery.lane import Lane, Run
 from worker.delivery.redis_steps import Begun, Ended, RedisSteps
 from worker.engines.base import Channel, JobStopped, Read
-from worker.jobs.runner import JobRunner, Ran, Seat
+from worker.jobs.runner import JobRunner, Ran
+from worker.jobs.seats import Seat
 
 logger = get_logger(__name__)
 

@@ -4,13 +4,13 @@ Runs one job: ended before? may it run? then generate, and store the one outcome
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from math import inf
 
-from common.errors import EngineDied, EngineNotReady, LoadFailed, Refused, SetAside, ShiftworkerError
+from common.errors import SetAside, ShiftworkerError
 from common.job_store import JobStore
 from common.logs import get_logger
 from common.schemas import DeadLetter, ErrorBody, Fault, JobRequest, JobState, Ledger, Outcome, Route, utc_now
@@ -20,16 +20,13 @@ from worker.engines.base import (
     Channel,
     Completion,
     Engine,
-    EngineState,
     HasChannels,
     JobStopped,
     Read,
     StopSignal,
 )
-from worker.engines.http import CONNECT_S
 from worker.jobs.cloud_lane import StandIn
 from worker.jobs.failures import (
-    NOT_READY_PAUSE_S,
     Attempt,
     DuplicateDelivery,
     Failures,
@@ -40,30 +37,12 @@ from worker.jobs.failures import (
     expired,
     outcome_of,
 )
+from worker.jobs.seats import Seat, Seats, Wanted
 from worker.jobs.token_writer import TokenWriter
-from worker.jobs.usher import Usher
 from worker.residency.board import ResidencyBoard
-from worker.residency.may_leave import may_leave
 from worker.selection.placement import Placement
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Run:
-    """A job that an engine works on now."""
-
-    model_id: str | None  # None = it runs elsewhere
-    stop: StopSignal
-    delivery: str
-
-
-@dataclass(kw_only=True, eq=False)
-class Seat:
-    """A job's place in an engine."""
-
-    engine: Engine
-    company: int | None = None  # how many were there when the engine died; None = it did not
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +75,6 @@ class JobRunner:
     ) -> None:
         self._worker = worker
         self._store = store
-        self._board = board
         self._placements = placements
         self._engines = engines
         self._limits = limits
@@ -104,20 +82,19 @@ class JobRunner:
         self._switch_seconds = switch_seconds
         self._stand_in = stand_in
         self._on_answer = on_answer
-        self._usher = Usher()
+        self._seats = Seats(board=board, placements=placements, engines=engines, stand_in=stand_in)
         self.tokens = TokenWriter(store)
         self._ran: dict[str, Ran] = {}  # by delivery
-        self._running: dict[str, _Run] = {}  # by job id
 
     def hand_back(self, model_id: str) -> None:
         """Tell every job that runs on *model_id* to stop and go back to its queue."""
-        for run in list(self._running.values()):
-            if run.model_id == model_id:
-                run.stop.stop("handback")
+        for wanted in list(self._seats.taken.values()):
+            if wanted.model_id == model_id:
+                wanted.stop.stop("handback")
 
     def stop_cancelled(self) -> None:
         """Tell every running job that somebody cancelled; one round trip for all of them."""
-        running = dict(self._running)
+        running = dict(self._seats.taken)
         for job_id in self._store.asked_to_cancel(running):
             running[job_id].stop.stop("cancelled")
 
@@ -208,9 +185,8 @@ class JobRunner:
 
     def runs(self, job_id: str) -> bool:
         """Does the job run here now?"""
-        return job_id in self._running
+        return job_id in self._seats.taken
 
-    @contextmanager
     def enter(
         self,
         job_id: str,
@@ -220,25 +196,21 @@ class JobRunner:
         delivery: str,
         *,
         faults: Sequence[Fault] | None = None,
-    ) -> Iterator[Seat]:
+    ) -> AbstractContextManager[Seat]:
         """
         Give the job its place in an engine, ready for as long as it runs; `run` says what it raises.
 
         *faults* are those of the job; None = it has none, and does not wait for its place.
         """
-        company = self._failures.company(faults or ())
-        with ExitStack() as place:
-            place.enter_context(self._alone(job_id, route, stop, delivery))
-            if route.cloud is None:
-                wait = faults is not None
-                place.enter_context(self._usher.enter(route.model, job_id, company, stop, wait=wait))
-            seat = Seat(engine=place.enter_context(self._ready_engine(job_id, request, route)))
-            try:
-                yield seat
-            except EngineDied:
-                if route.cloud is None and stop.reason is None:  # else it was ended on purpose, and the job told before
-                    seat.company = self._usher.died_with(route.model, job_id)
-                raise
+        wanted = Wanted(
+            job_id=job_id,
+            request=request,
+            route=route,
+            stop=stop,
+            delivery=delivery,
+            company=self._failures.company(faults or ()),
+        )
+        return self._seats.take(wanted, wait=faults is not None)
 
     def call(self, job_id: str, request: JobRequest, route: Route, *, attempt: int, started: datetime) -> Call:
         """Say what to ask of the engine."""
@@ -304,59 +276,6 @@ class JobRunner:
             )
             return self._end(ran.job_id, ran.ledger, self._failures.end_of(failed, error), ran.request)
         return self._finish(self.answered(ran.job_id, ran.request, ran.ledger, completion))
-
-    @contextmanager
-    def _ready_engine(self, job_id: str, request: JobRequest, route: Route) -> Iterator[Engine]:
-        """Give the engine that answers the job. Raises EngineNotReady: that is no attempt."""
-        if route.cloud is not None:
-            try:
-                yield self._endpoint(job_id, request, route)
-            except Refused as error:  # its own model may well take it
-                raise self._stays(job_id, error.message) from None
-            return
-        with self._board.enter(route.model):
-            engine = self._engines[self._placements[route.model].spec.engine]
-            if engine.state(route.model) is not EngineState.READY:  # it died, and the board does not know yet
-                raise EngineNotReady(f"The engine of {route.model} has just ended; the job waits for the next one.")
-            yield engine
-
-    def _endpoint(self, job_id: str, request: JobRequest, route: Route) -> Engine:
-        """Give the cloud endpoint; this is the last door, so it is asked again whether the job may leave."""
-        stand_in = self._stand_in
-        leave = may_leave(request, route, stand_in.cloud if stand_in else None, others_ready=False)
-        if stand_in is None or not leave.granted:
-            raise self._stays(job_id, leave.reason)
-        if (resting := stand_in.engine.resting) is not None:
-            raise EngineNotReady(resting)
-        if stand_in.engine.state(route.model) is EngineState.STOPPED:
-            try:
-                stand_in.engine.ensure_ready(self._placements[route.model], timeout_s=CONNECT_S)
-            except LoadFailed as error:
-                raise EngineNotReady(error.message) from None
-        return stand_in.engine
-
-    def _stays(self, job_id: str, reason: str) -> StaysHere:
-        logger.info("jobs.stays_here", job_id=job_id, reason=reason)
-        return StaysHere(reason)
-
-    @contextmanager
-    def _alone(self, job_id: str, route: Route, stop: StopSignal, delivery: str) -> Iterator[None]:
-        """
-        Note the job as running here, unless it does already.
-
-        Redis was away, the lease ran out, and the message came again while its first copy still runs: it goes back
-        until that one has ended. To drop it would acknowledge it for both.
-        """
-        run = _Run(model_id=route.model if route.cloud is None else None, stop=stop, delivery=delivery)
-        if (other := self._running.setdefault(job_id, run)) is not run:
-            if other.delivery != delivery:
-                raise DuplicateDelivery
-            stop.wait(NOT_READY_PAUSE_S)
-            raise HandBack
-        try:
-            yield
-        finally:
-            del self._running[job_id]
 
     def _end(self, job_id: str, ledger: Ledger, error: ShiftworkerError, request: JobRequest) -> Outcome:
         outcome = outcome_of(error, job_id, ledger.model_copy(update={"finished_at": utc_now()}))
