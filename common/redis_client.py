@@ -4,15 +4,17 @@ One way to reach Redis: short time limits, text answers, and an error that says 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
+from functools import cache
 from typing import Any
 
 import redis
 import redis.asyncio
 import redis.asyncio.retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import OutOfMemoryError, ReadOnlyError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry
 from tenacity import RetryCallState, retry, retry_if_exception_type, wait_exponential_jitter
 
@@ -113,6 +115,20 @@ def wait_until_there(client: RedisClient, url: str) -> None:
         wait=wait_exponential_jitter(initial=0.5, max=10),
         before_sleep=tell,
     )(ping)(client, url)
+
+
+@cache
+def digest(script: str) -> str:
+    """The name under which Redis knows a Lua script."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def run_script(client: RedisClient, script: str, key_count: int, *keys_and_args: Any) -> Any:
+    """Run a Lua script; its text is sent only to a Redis that does not know it yet."""
+    try:
+        return client.evalsha(digest(script), key_count, *keys_and_args)
+    except NoScriptError:
+        return client.eval(script, key_count, *keys_and_args)
 
 
 def without_password(url: str) -> str:

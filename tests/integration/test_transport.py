@@ -84,6 +84,22 @@ def test_a_stock_producer_is_heard(redis_url: str) -> None:
         assert inbox.take()[0].payload == "from stock"
 
 
+def test_a_redis_that_has_forgotten_its_scripts_is_told_again(redis_url: str, redis_client: Any) -> None:
+    """It started anew, say: whoever waits there still gets each message, once."""
+    with connection(redis_url) as conn:
+        inbox = Inbox(conn)
+        publish(redis_url, "before")
+        assert inbox.take()[0].payload == "before"
+        redis_client.script_flush()
+        publish(redis_url, "after", "that")
+        assert [message.payload for message in inbox.take(2)] == ["after", "that"]
+        redis_client.script_flush()
+        publish(redis_url, "got")
+        message = conn.channel().basic_get("work")
+        assert message.decode() == "got"
+        assert redis_client.hlen(keys.UNACKED) == 4
+
+
 def test_only_the_owner_can_acknowledge(redis_url: str, redis_client: Any) -> None:
     """A delivery that was taken back and given to another survives the first owner's late acknowledgement."""
     publish(redis_url, "job")
