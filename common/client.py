@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import redis
@@ -39,9 +39,11 @@ from common.schemas import (
     StreamEvent,
 )
 from common.settings import Settings
+from common.transport import Channel
 from common.waiting_jobs import RedisWaitingJobs, cancelled_waiting
 
 _REACHED_S = 1.0  # after a job was taken: to send fails fast enough, without asking first
+_AT_ONCE = 200  # messages in a round trip: the first jobs are routed while the next are on their way
 _RETRY_PUBLISH = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
 
 
@@ -95,37 +97,77 @@ class JobClient:
         RedisFull
             Redis has no memory for it; nothing was sent.
         """
-        parsed = request if isinstance(request, JobRequest) else JobRequest.parse(dict(request))
-        job_id = job_id or str(uuid.uuid4())
+        (sent,) = self.submit_many([request], job_ids=None if job_id is None else [job_id])
+        return sent
+
+    def submit_many(
+        self, requests: Iterable[Mapping[str, Any] | JobRequest], *, job_ids: Sequence[str] | None = None
+    ) -> list[str]:
+        """
+        Put jobs on the queue, some hundred in a round trip; returns their ids in the order of *requests*.
+
+        *job_ids*, one for each request, are as `job_id` of `submit`.
+
+        Raises
+        ------
+        InvalidRequest, OverLimit, QueueFull
+            As `submit`, for the first job that is refused; none was sent.
+        RedisUnavailable
+            Nobody answers at the Redis address. If Redis went away in the middle, some of the jobs may have been sent.
+        RedisFull
+            Redis has no memory for all of them; some may have been sent.
+        """
+        parsed = [given if isinstance(given, JobRequest) else JobRequest.parse(dict(given)) for given in requests]
+        ids = [str(uuid.uuid4()) for _ in parsed] if job_ids is None else list(job_ids)
+        jobs = list(zip(ids, parsed, strict=True))
         if time.monotonic() - self._reached_at > _REACHED_S:
             ping(self._redis, self._url)
-        self._door.check(parsed)
-        try:
-            if parsed.deadline is not None:  # it may pass before the router has read the job
-                self._store.note_deadline(job_id, parsed.deadline)
-            self._app.send_task(
-                keys.SUBMIT_TASK,
-                args=[parsed.model_dump(mode="json", exclude_none=True)],
-                task_id=job_id,
-                queue=keys.SUBMIT_QUEUE,
-                retry_policy=_RETRY_PUBLISH,
-                argsrepr=f"({parsed.kind.name.lower()}, {len(parsed.text)} characters)",
-                kwargsrepr="{}",
-            )
-        except (OperationalError, redis.RedisError) as error:
-            raise self._not_sent(job_id, error) from error
-        self._reached_at = time.monotonic()
-        return job_id
+        for request in parsed:
+            self._door.check(request)
+        for start in range(0, len(jobs), _AT_ONCE):
+            self._send(jobs[start : start + _AT_ONCE])
+        return ids
 
-    def _not_sent(self, job_id: str, error: Exception) -> ShiftworkerError:
+    def _send(self, jobs: Sequence[tuple[str, JobRequest]]) -> None:
+        """Send a message for each of *jobs*, all in one round trip; raises RedisUnavailable, RedisFull."""
+
+        def publish() -> None:
+            channel = producer.channel  # RabbitMQ's has no way to send many in one piece
+            with channel.together() if isinstance(channel, Channel) else nullcontext():
+                for job_id, request in jobs:
+                    self._app.send_task(
+                        keys.SUBMIT_TASK,
+                        args=[request.model_dump(mode="json", exclude_none=True)],
+                        task_id=job_id,
+                        queue=keys.SUBMIT_QUEUE,
+                        producer=producer,
+                        retry=False,  # of a message; all of them together are tried again
+                        argsrepr=f"({request.kind.name.lower()}, {len(request.text)} characters)",
+                        kwargsrepr="{}",
+                    )
+
+        try:
+            for job_id, request in jobs:
+                if request.deadline is not None:  # it may pass before the router has read the job
+                    self._store.note_deadline(job_id, request.deadline)
+            with self._app.producer_or_acquire() as producer:
+                producer.connection.ensure(producer, publish, **_RETRY_PUBLISH)()
+        except (OperationalError, redis.RedisError) as error:
+            raise self._not_sent([job_id for job_id, _ in jobs], error) from error
+        self._reached_at = time.monotonic()
+
+    def _not_sent(self, job_ids: Sequence[str], error: Exception) -> ShiftworkerError:
+        what, again = "The job was", f"it again with job_id={job_ids[0]!r}"
+        if len(job_ids) > 1:
+            what, again = f"{len(job_ids)} jobs were", "them again with the same job_ids"
         if isinstance(error.__cause__ or error, redis.exceptions.OutOfMemoryError):
             return RedisFull(
-                f"The job was not sent: {self._broker} is full ({error}). Try again when jobs have ended and answers "
+                f"{what} not sent: {self._broker} is full ({error}). Try again when jobs have ended and answers "
                 "have expired, or give Redis more memory (maxmemory)."
             )
         return RedisUnavailable(
-            f"The job was not sent: {self._broker} went away ({error}). Submit it again with job_id={job_id!r}: "
-            "should the first one have arrived after all, it runs only once."
+            f"{what} not sent: {self._broker} went away ({error}). Submit {again}: "
+            "should the first message have arrived after all, the job runs only once."
         )
 
     def wait(self, job_id: str, timeout: float | None = None) -> Outcome:

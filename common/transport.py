@@ -21,7 +21,8 @@ plain redis:// for Flower and everybody else.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from queue import Empty
 from time import monotonic, time
 from typing import Any
@@ -30,11 +31,13 @@ from weakref import WeakSet
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
+from redis.exceptions import NoScriptError
 
 from common import delivery_scripts as scripts
 from common import keys
 from common.backlog import RedisBacklog, job_id_of, place_json
 from common.logs import get_logger
+from common.redis_client import digest, run_script
 
 logger = get_logger(__name__)
 
@@ -145,6 +148,7 @@ class Channel(stock.Channel):
     supports_batch_publish = False  # a batch would pass by `_put`, and nobody would be woken
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._held: list[tuple[str, str, str]] | None = None  # what is to be pushed together; None = each at once
         self._waiting = False  # is the outstanding command the wait, or the pop?
         self._wake_id = "0"
         self._short_client: Any = None
@@ -168,7 +172,8 @@ class Channel(stock.Channel):
             block_ms = int((timeout or WAIT_S) * 1000)
             connection.send_command("XREAD", "BLOCK", block_ms, "STREAMS", keys.WAKE, self._wake_id)
             return
-        connection.send_command("EVAL", *self._pop(queues, most=self._room(len(queues)), no_ack=self._no_ack_queues))
+        script, *rest = self._pop(queues, most=self._room(len(queues)), no_ack=self._no_ack_queues)
+        connection.send_command("EVALSHA", digest(script), *rest)
 
     def _pop(self, queues: Sequence[str], *, most: int, no_ack: Collection[str] = ()) -> list[Any]:
         """The pop's script with its arguments."""
@@ -203,6 +208,10 @@ class Channel(stock.Channel):
             except self.connection_errors:
                 connection.disconnect()
                 raise
+            except NoScriptError:  # Redis has started anew: nothing was popped
+                with self.conn_or_acquire() as client:
+                    client.script_load(scripts.POP)
+                raise Empty from None
             except self.ResponseError as error:
                 # Redis is there and says no (full, read only): nothing was popped. Wait, then ask again.
                 logger.warning("delivery.pop_refused", error=str(error))
@@ -248,7 +257,7 @@ class Channel(stock.Channel):
 
     def _get(self, queue: str) -> Any:
         with self.conn_or_acquire() as client:
-            name, item = client.eval(*self._pop([queue], most=1))
+            name, item = run_script(client, *self._pop([queue], most=1))
         if not name:
             raise Empty
         return loads(bytes_to_str(item))
@@ -265,13 +274,33 @@ class Channel(stock.Channel):
             with self.conn_or_acquire() as client:
                 RedisBacklog(client, max_wait_s=self.max_wait_s).put(queue, message, dumps(message), now=time())
             return
-        priority = self._get_message_priority(message, reverse=False)
+        entry = queue, self._q_for_pri(queue, self._get_message_priority(message, reverse=False)), dumps(message)
+        if self._held is None:
+            self._push([entry])
+        else:
+            self._held.append(entry)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Push what is published to lists within this context in one round trip at its end; nothing if it raises."""
+        self._held = []
+        try:
+            yield
+            held = self._held
+        finally:
+            self._held = None
+        self._push(held)
+
+    def _push(self, entries: Sequence[tuple[str, str, str]]) -> None:
+        """Push messages to the lists of queues: (queue, list, message)."""
         with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-            pipe.lpush(self._q_for_pri(queue, priority), dumps(message))
-            if lifetime_ms := (self._expires or {}).get(queue):  # reply queues of Celery's remote control
-                for step in self.priority_steps:
-                    pipe.pexpire(self._q_for_pri(queue, step), lifetime_ms)
-            pipe.xadd(keys.WAKE, {"q": queue}, maxlen=_WAKE_LENGTH, approximate=False)
+            for queue, name, raw in entries:
+                pipe.lpush(name, raw)
+                if lifetime_ms := (self._expires or {}).get(queue):  # reply queues of Celery's remote control
+                    for step in self.priority_steps:
+                        pipe.pexpire(self._q_for_pri(queue, step), lifetime_ms)
+            for queue in {queue for queue, _, _ in entries}:
+                pipe.xadd(keys.WAKE, {"q": queue}, maxlen=_WAKE_LENGTH, approximate=False)
             pipe.execute()
 
     def _size(self, queue: str) -> int:

@@ -4,6 +4,7 @@ The producer's side on a real Redis, without a router: what a waiter hears, and 
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -19,9 +20,9 @@ import pytest
 from celery import Celery, states
 from celery.exceptions import TaskRevokedError
 
-from common import JobClient, JobState, Ledger, NotEndedYet, Outcome, PromptTooLong, keys
+from common import InvalidRequest, JobClient, JobState, Ledger, NotEndedYet, Outcome, PromptTooLong, keys
 from common.backlog import RedisBacklog
-from common.errors import JobCancelled
+from common.errors import JobCancelled, OverLimit
 from common.redis_job_store import RedisJobStore
 from common.schemas import ErrorBody, Route
 from tests.waiting import eventually
@@ -132,6 +133,47 @@ def test_the_shipped_examples_keep_prompts_out_of_celerys_events(
     headers = json.loads(redis_client.lindex(keys.SUBMIT_QUEUE, -1))["headers"]
     assert re.fullmatch(r"\((job|chat, \d+ characters)\)", headers["argsrepr"])
     assert headers["kwargsrepr"] == "{}"
+
+
+def test_many_jobs_are_as_many_submits_in_a_few_round_trips(client: JobClient, redis_client: Any) -> None:
+    """The same messages, in the order of the requests; only how they travel differs."""
+    client.submit(BODY, job_id="alone")
+    redis_client.config_resetstat()
+    ids = client.submit_many([{**BODY, "max_tokens": number} for number in range(1, 451)])
+    assert redis_client.info("commandstats")["cmdstat_xadd"]["calls"] == 3  # who waits is woken once in each
+
+    alone, *many = (json.loads(raw) for raw in reversed(redis_client.lrange(keys.SUBMIT_QUEUE, 0, -1)))
+    assert [message["headers"]["id"] for message in many] == ids
+    sent = [json.loads(base64.b64decode(message["body"]))[0][0]["max_tokens"] for message in many]
+    assert sent == list(range(1, 451))
+
+    def shape(message: dict[str, Any]) -> dict[str, Any]:
+        own = {"id", "root_id", "correlation_id", "delivery_tag"}
+        return {
+            name: {key: value for key, value in message[name].items() if key not in own}
+            for name in ("headers", "properties")
+        }
+
+    assert all(shape(message) == shape(alone) for message in many)
+
+
+def test_of_many_jobs_none_is_sent_if_one_is_refused(client: JobClient, redis_client: Any) -> None:
+    """Whoever hands over a file of jobs need not find out which of them went."""
+    with pytest.raises(InvalidRequest):
+        client.submit_many([BODY, {}])
+    with pytest.raises(OverLimit):
+        client.submit_many([BODY, {**BODY, "n": 10**6}])
+    assert not redis_client.exists(keys.SUBMIT_QUEUE)
+    assert client.submit_many([]) == []
+
+
+def test_many_jobs_get_through_when_the_connection_breaks(client: JobClient, redis_client: Any) -> None:
+    """They are sent again on a new one, each under its own id."""
+    ids = client.submit_many([BODY] * 3)
+    redis_client.client_kill_filter(_type="normal", skipme=True)
+    ids += client.submit_many([BODY] * 3, job_ids=["a", "b", "c"])
+    raws = reversed(redis_client.lrange(keys.SUBMIT_QUEUE, 0, -1))
+    assert [json.loads(raw)["headers"]["id"] for raw in raws] == ids
 
 
 def test_a_record_that_has_expired_is_read_from_celerys_copy(client: JobClient, redis_url: str) -> None:
