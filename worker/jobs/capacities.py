@@ -26,18 +26,17 @@ class Capacities:
         self._threads = threads
         self._kv_tokens: dict[str, int | None] = {}
         self._tokens: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
 
     def loaded(self, placement: Placement, measured: Measured) -> None:
         """Note what a load has measured."""
         self._kv_tokens[placement.model_id] = measured.kv_tokens
 
     def answered(self, model_id: str, completion: Completion) -> None:
-        """Note how long a job was; one without a usage says nothing."""
-        if completion.prompt_tokens is None:
-            return
-        tokens = completion.prompt_tokens + (completion.completion_tokens or 0)
-        mean = self._tokens.get(model_id, tokens)
-        self._tokens[model_id] = mean + _NEWEST * (tokens - mean)
+        """Note how long a job was; one without a usage says nothing of its tokens."""
+        _note(self._seconds, model_id, completion.run_s)
+        if completion.prompt_tokens is not None:
+            _note(self._tokens, model_id, completion.prompt_tokens + (completion.completion_tokens or 0))
 
     def of(self, model_id: str) -> Capacity:
         """What the model's engine can hold now."""
@@ -49,5 +48,11 @@ class Capacities:
             max_num_seqs=placement.max_num_seqs,
             kv_tokens=self._kv_tokens.get(model_id),
             tokens_per_job=self._tokens.get(model_id),
+            job_s=self._seconds.get(model_id),
             threads=None if has_channel else self._threads,
         )
+
+
+def _note(means: dict[str, float], model_id: str, value: float) -> None:
+    mean = means.get(model_id, value)
+    means[model_id] = mean + _NEWEST * (value - mean)

@@ -8,7 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_BEHIND = 0.25  # of what an engine works on: jobs that stand behind it, so that it never waits for the next one
+# Jobs that stand behind what an engine works on, so that it never waits for the next one: as many as end while others
+# are fetched, and of what it works on at least a share, at most as many again.
+_REFILL_S = 1.0
+_BEHIND = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,7 @@ class Capacity:
     max_num_seqs: int  # requests it works on at once
     kv_tokens: int | None = None  # that its KV pool holds
     tokens_per_job: float | None = None  # prompt and answer together, of its jobs lately
+    job_s: float | None = None  # from the request to the answer, of its jobs lately
     threads: int | None = None  # that there are for its jobs; None = it needs none
 
     @property
@@ -40,8 +44,9 @@ def admit_jobs(engines: Sequence[Capacity], *, otherwise: int) -> Admission:
     Decide how many jobs to take from the queues of the models that are ready.
 
     An engine works on as many as it has places for, and as have room in its KV pool, going by how long jobs were
-    lately; where no job was measured yet, its places count. A quarter more stand behind them. What waits beyond that
-    waits in its queue, where it can be counted, ordered, cancelled and given to another worker.
+    lately; where no job was measured yet, its places count. A quarter more stand behind them; where jobs are so short
+    that many end in a second, as many again. What waits beyond that waits in its queue, where it can be counted,
+    ordered, cancelled and given to another worker.
 
     *otherwise* is the answer where nothing is ready.
     """
@@ -58,7 +63,12 @@ def _room(engine: Capacity) -> Admission:
         fitting = max(1, int(engine.kv_tokens / engine.tokens_per_job))
         if fitting < at_once:
             at_once, limit = fitting, f"{engine.kv_tokens:,} tokens of KV at {engine.tokens_per_job:.0f} a job"
-    jobs = at_once + math.ceil(_BEHIND * at_once)
+    jobs = at_once + math.ceil(_behind(engine.job_s) * at_once)
     if engine.threads is not None and engine.threads < jobs:
         jobs, limit = engine.threads, "a thread for each"
     return Admission(jobs=jobs, reason=f"{engine.model_id}: {jobs} ({limit})")
+
+
+def _behind(job_s: float | None) -> float:
+    """The share of what an engine works on that stands behind it."""
+    return _BEHIND if job_s is None else max(_BEHIND, _REFILL_S / max(job_s, _REFILL_S))

@@ -27,7 +27,7 @@ def test_nothing_is_made_up_before_it_was_measured() -> None:
 
     capacities.loaded(placement, Measured(kv_tokens=4096))
     capacities.answered("small", completion(None, None))
-    assert capacities.of("small").tokens_per_job is None
+    assert (capacities.of("small").tokens_per_job, capacities.of("small").job_s) == (None, 1.0)
     capacities.answered("small", completion(100, 20))
     found = capacities.of("small")
     assert (found.kv_tokens, found.tokens_per_job) == (4096, 120.0)
