@@ -126,8 +126,8 @@ class JobRunner:
 
         # (1) Ended already.
         ended = self._store.outcome(job_id)
-        if ended is not None:
-            return ended
+        if ended is not None:  # while it was routed, perhaps: then nobody knew of its webhook
+            return self._store.finish(ended, webhook=request.webhook) if request.webhook else ended
 
         view = self._store.view(job_id)
         attempt: int | None = None

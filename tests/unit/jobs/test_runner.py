@@ -24,13 +24,13 @@ from common.errors import (
     ShiftworkerError,
 )
 from common.job_store import MemoryJobStore
-from common.schemas import ErrorBody, JobRequest, JobState, Outcome, Route, utc_now
+from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from tests.factories import make_placement, make_spec
 from tests.waiting import eventually
 from worker.catalog.spec import EngineKind
 from worker.engines.base import Call, Completion, StopSignal
 from worker.engines.stub import StubEngine
-from worker.jobs.failures import DuplicateDelivery, HandBack, JobLimits, RouteAgain
+from worker.jobs.failures import DuplicateDelivery, HandBack, JobLimits, RouteAgain, outcome_of
 from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.state.residency import Level, Resident
@@ -114,6 +114,16 @@ def error_of(outcome: Outcome) -> ErrorBody:
     assert outcome.error is not None
     assert outcome.response is None
     return outcome.error
+
+
+def test_a_job_that_was_cancelled_while_it_was_routed_owes_its_webhook() -> None:
+    """Whoever stored its end did not know of it; the delivery that comes afterwards does."""
+    world = World()
+    ended = world.store.finish(outcome_of(JobCancelled("cancelled"), "job", Ledger()))
+    assert world.store.webhooks == {}
+    assert world.run(webhook="https://example.com/hook") == ended
+    assert world.store.webhooks == {"job": "https://example.com/hook"}
+    assert world.engine.calls == []
 
 
 def test_a_job_is_answered_and_its_way_is_told() -> None:
