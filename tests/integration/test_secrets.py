@@ -25,7 +25,9 @@ SECRETS = {
     "FLOWER_PASSWORD": "planted-flower-password",
     "WEBHOOK_SECRET": "whsec_cGxhbnRlZC13ZWJob29rLXNlY3JldC1wbGFudGVk",
 }
+RABBITS = "planted-rabbit-password"
 SETTINGS = {
+    "BROKER_URL": f"amqp://sw:{RABBITS}@127.0.0.1:1//",  # nobody there, which the router tells
     "CLOUD_URL": "https://cloud.invalid/v1",
     "CLOUD_MODEL": "m",
     "LOG_LEVEL": "DEBUG",
@@ -55,7 +57,7 @@ def said(*arguments: str, env: dict[str, str]) -> str:
 
 
 def leaks(text: str) -> list[str]:
-    return [secret for secret in (PASSWORD, *SECRETS.values()) if secret in text]
+    return [secret for secret in (PASSWORD, RABBITS, *SECRETS.values()) if secret in text]
 
 
 def test_no_secret_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, locked: str) -> None:
@@ -72,6 +74,7 @@ def test_no_secret_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lock
     assert "UnknownModel" in outcomes
     assert "AddressRefused" in outcomes
 
+    eventually(lambda: "rabbit.away" in router.logs(), within_s=20)
     status, doctor = said("status", env=env), said("doctor", env=env)
     router.teardown()
     assert "wait for the router" in status
