@@ -17,9 +17,8 @@ from common import keys
 from common.celery_app import create_app
 from common.errors import Misconfigured
 from common.logs import get_logger
-from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
-from common.schemas import JobRequest, utc_now
+from common.schemas import JobRequest
 from common.settings import Settings
 from worker.alive import TOUCH_EVERY_S, alive_file
 from worker.app import ConsumerProcess, show_in_flower
@@ -28,20 +27,14 @@ from worker.catalog.weight_files import weight_files
 from worker.delivery.redis_steps import RedisSteps
 from worker.engines.base import Completion
 from worker.engines.orphans import end_orphans
-from worker.hardware.gpu import Machine
 from worker.jobs.capacities import Capacities
 from worker.jobs.cloud_lane import CloudLane
 from worker.jobs.failures import JobLimits
 from worker.jobs.job_lane import JobLane
 from worker.jobs.paces import Paces
 from worker.jobs.runner import JobRunner
-from worker.memory.measured import Measured, Measurement, device_name
-from worker.residency.board import ResidencyBoard
-from worker.residency.check import LoadLimits
-from worker.residency.history import SwitchHistory
+from worker.memory.measured import Measured
 from worker.residency.page_cache import PageCache
-from worker.residency.parts import SwitchLimits
-from worker.residency.sleep_notes import SleepNotes
 from worker.residency.switcher import Switcher
 from worker.runtime import Heart, Runtime
 from worker.scheduling.celery_consumer import CeleryConsumer, control_lane, every
@@ -55,13 +48,10 @@ from worker.selection.describe import describe_choice
 from worker.selection.placement import Placement
 from worker.tasks import add_generate_task, add_switch_task
 from worker.telemetry.forecaster import Forecaster, publish_to
-from worker.telemetry.redis_measured import RedisMeasurements
 from worker.telemetry.redis_paces import RedisPaces
-from worker.telemetry.redis_sleep_notes import RedisSleepNotes
 from worker.telemetry.redis_status import RedisStatus
-from worker.telemetry.redis_switch_times import RedisSwitchTimes
 from worker.wiring.cloud import served_elsewhere, stand_in_of
-from worker.wiring.engines import build_engines, engine_names
+from worker.wiring.engines import build_engines
 from worker.wiring.here import Survey, survey
 from worker.wiring.parts import (
     lease_of,
@@ -73,6 +63,7 @@ from worker.wiring.parts import (
     worker_name,
 )
 from worker.wiring.run_dir import open_run_dir
+from worker.wiring.switching import board_of, history_of, keeper_of_measurements, limits_of, sleeps_of
 from worker.world import WorkerWorld
 
 logger = get_logger(__name__)
@@ -117,22 +108,11 @@ class _Worker:
         choice = found.choice
         placements = {placement.model_id: placement for placement in choice.placements}
         engines = build_engines(settings, {p.spec.engine for p in choice.placements}, run_dir)
-        sleep_notes = RedisSleepNotes(client, self._name)
-        sleeps = SleepNotes(sleep_notes.read(), keep=sleep_notes.save)
-        board = ResidencyBoard(
-            capacity=found.machine.ram_total_bytes,
-            cards={gpu.index: gpu.total_bytes for gpu in found.machine.gpus},
-            max_residents=settings.switch.max_residents,
-            banned=sleeps.banned(),
-        )
+        sleeps = sleeps_of(client, self._name)
+        board = board_of(settings, found.machine, sleeps)
+        history = history_of(client, self._name, self._status)
         reroute = RedisReroute(client)
         self._page_cache = PageCache(lambda model_id: weight_files(placements[model_id].spec))
-        switch_times = RedisSwitchTimes(client, self._name)
-        history = SwitchHistory(
-            lambda record: self._status.record(self._name, record),
-            times=switch_times.read(),
-            keep_time=switch_times.save,
-        )
         store = RedisJobStore(patient, ttl_s=settings.job.result_ttl_s, max_bytes=settings.job.result_max_bytes)
         self._stand_in = stand_in_of(settings.cloud)
         cloud_lane = CloudLane(
@@ -169,11 +149,11 @@ class _Worker:
             placements=placements,
             engines=engines,
             machine=found.detected.reader,
-            limits=_switch_limits(settings),
+            limits=limits_of(settings),
             fetch=fetch_files,
             hand_back=runner.hand_back,
             record=history.add,
-            measured=_both(capacities.loaded, _keeper_of_measurements(client, settings, found.machine)),
+            measured=_both_told(capacities.loaded, keeper_of_measurements(client, settings, found.machine)),
             load_speed=history.load_speed,
             times=history.times,
             backlog=queues.backlog,
@@ -292,19 +272,6 @@ class _Worker:
         return {"shiftworker": status.model_dump(mode="json", exclude={"version", "worker"})}
 
 
-def _keeper_of_measurements(
-    client: RedisClient, settings: Settings, machine: Machine
-) -> Callable[[Placement, Measured], None]:
-    """What a load measured goes to Redis, beside what was predicted."""
-    measurements, names = RedisMeasurements(client), engine_names(settings)
-
-    def keep(placement: Placement, measured: Measured) -> None:
-        key = placement.load_key(engine=names[placement.spec.engine], device=device_name(machine, placement.gpus))
-        measurements.save(Measurement(key=key, predicted=placement.memory, measured=measured, at=utc_now()))
-
-    return keep
-
-
 def _both_hear(capacities: Capacities, paces: Paces) -> Callable[[str, JobRequest, Completion], None]:
     """Tell both of an answer."""
 
@@ -315,7 +282,7 @@ def _both_hear(capacities: Capacities, paces: Paces) -> Callable[[str, JobReques
     return hear
 
 
-def _both(
+def _both_told(
     first: Callable[[Placement, Measured], object], second: Callable[[Placement, Measured], object]
 ) -> Callable[[Placement, Measured], None]:
     """Tell two of a load."""
@@ -325,15 +292,3 @@ def _both(
         second(placement, measured)
 
     return tell
-
-
-def _switch_limits(settings: Settings) -> SwitchLimits:
-    switch = settings.switch
-    return SwitchLimits(
-        attempt_s=switch.timeout_s,
-        attempts=switch.attempts,
-        drain_s=switch.drain_s,
-        quarantine_s=switch.quarantine_s,
-        asleep=switch.max_asleep,
-        load=LoadLimits(max_temperature_c=switch.max_temperature_c, max_power_share=switch.max_power_share),
-    )
