@@ -45,7 +45,7 @@ class JobStore(Protocol):
         """
         Start an attempt for the message with the tag *delivery*; give its number, from 1.
 
-        None: another message with the same job is in flight, so this one is a copy and may be dropped. (A
+        None: the job has ended, or another message with it is in flight, so this one is a copy and may be dropped. (A
         router that dies between publishing and acknowledging leaves such copies.)
         """
         ...
@@ -159,11 +159,11 @@ class MemoryJobStore:
         """See JobStore."""
         with self._lock:
             claim = self._claims.get(job_id)
-            if claim is not None and claim != delivery and self._in_flight(claim):
+            if job_id in self._outcomes or (claim is not None and claim != delivery and self._in_flight(claim)):
                 return None
             self._claims[job_id] = delivery
             attempts = self._view(job_id).attempts + 1
-            if job_id in self._streams and job_id not in self._outcomes:
+            if job_id in self._streams:
                 self._streams[job_id].clear()
                 self._add(job_id, kind="reset", attempt=attempts)
         self._change(job_id, state=JobState.RUNNING, attempts=attempts)

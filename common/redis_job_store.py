@@ -21,16 +21,17 @@ from common.schemas import DeadLetter, Fault, JobState, JobView, Outcome, Route,
 # A stream that is longer loses its first events; the writers add 20 in a second, so that is a run of 16 minutes.
 STREAM_LENGTH = 20_000
 
-# KEYS: the job's hash, unacked, the job's stream. ARGV: this delivery's tag, lifetime in seconds, the state to set.
-# Returns the attempt's number, or 0 if another delivery of the same job is in flight.
+# KEYS: the job's hash, unacked, the job's stream, its outcome. ARGV: this delivery's tag, lifetime in seconds, the
+# state to set. Returns the attempt's number, or 0 if the job has ended, or another delivery of it is in flight.
 # A reset throws away what earlier attempts said.
 _BEGIN = """
 local claim = redis.call('HGET', KEYS[1], 'claim')
 if claim and claim ~= ARGV[1] and redis.call('HEXISTS', KEYS[2], claim) == 1 then return 0 end
+if redis.call('EXISTS', KEYS[4]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'claim', ARGV[1], 'state', ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
-if redis.call('HEXISTS', KEYS[1], 'stream') == 1 and redis.call('HEXISTS', KEYS[1], 'end') == 0 then
+if redis.call('HEXISTS', KEYS[1], 'stream') == 1 then
   redis.call('XADD', KEYS[3], 'MAXLEN', 1, '*', 'kind', 'reset', 'attempt', attempt)
   redis.call('EXPIRE', KEYS[3], ARGV[2])
 end
@@ -129,7 +130,7 @@ class RedisJobStore:
     def begin(self, job_id: str, *, delivery: str) -> int | None:
         """See JobStore."""
         found = self._begin(
-            keys=[keys.job(job_id), keys.UNACKED, keys.stream(job_id)],
+            keys=[keys.job(job_id), keys.UNACKED, keys.stream(job_id), keys.outcome(job_id)],
             args=[delivery, self._ttl_s, JobState.RUNNING],
         )
         return int(found) or None

@@ -220,6 +220,14 @@ def test_a_copy_of_a_job_in_flight_is_no_attempt(kind: Kind) -> None:
     assert kind.store.begin("1", delivery="tag") == 2  # the claim is still the first one's
 
 
+def test_a_job_that_has_ended_is_not_begun(kind: Kind) -> None:
+    """Cancelled, say, while it waited for its place in an engine: the message that is in hand has nothing to do."""
+    kind.fly("tag")
+    kind.store.finish(CANCELLED)
+    assert kind.store.begin("1", delivery="tag") is None
+    assert kind.store.view("1").attempts == 0
+
+
 def test_of_many_copies_at_once_one_begins(kind: Kind) -> None:
     """Twenty messages with one job, all in flight."""
     start = threading.Barrier(THREADS, timeout=20)

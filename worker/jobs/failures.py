@@ -112,9 +112,7 @@ class Failures:
         if request.deadline is not None and utc_now() >= request.deadline:
             return expired(request.deadline, "while the engine worked on it")
         if isinstance(error, EngineTimeout) and (request.time_limit or inf) <= self._limits.timeout_s:
-            return TimeLimitExceeded(
-                f"The job's time limit, {request.time_limit:g} s in the engine, is over; it was stopped there."
-            )
+            return self._time_limit(attempt, f"The job's time limit, {request.time_limit:g} s in the engine, is over")
         faults = self._store.add_fault(
             job_id,
             Fault(
@@ -157,8 +155,14 @@ class Failures:
         if reason == "cancelled":
             return cancelled(attempt.job_id)
         if reason == "time limit":
-            return TimeLimitExceeded("The time limit of the job's task is over; it was stopped in the engine.")
+            return self._time_limit(attempt, "The time limit of the job's task is over")
         raise self._handed_back(attempt)
+
+    def _time_limit(self, attempt: Attempt, what: str) -> TimeLimitExceeded:
+        """The end, unless another attempt has begun since: this process was paused then, and the job took no time."""
+        if attempt.number is not None and self._store.view(attempt.job_id).attempts != attempt.number:
+            raise HandBack
+        return TimeLimitExceeded(f"{what}; it was stopped there.")
 
     def _too_long(self, attempt: Attempt, error: PromptTooLong) -> PromptTooLong:
         """

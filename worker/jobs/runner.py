@@ -114,6 +114,7 @@ class JobRunner:
            endpoint take it?
         6. Is another copy of it in flight? Of      If so, this one is dropped; a copy of the same message goes back,
            the same message, even?                  for the two are one to whoever acknowledges it.
+           Or has it ended while it waited?         Give the stored outcome.
         7. Otherwise                                Generate, and store what came of it.
 
         Raises
@@ -147,7 +148,7 @@ class JobRunner:
                 # (6) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
                 if attempt is None:
-                    raise DuplicateDelivery
+                    return self._ended_meanwhile(job_id)
                 # (7) Generate.
                 started = utc_now()
                 ledger = self.ledger(route, attempt=attempt, queued_at=view.queued_at, started=started)
@@ -276,6 +277,12 @@ class JobRunner:
             )
             return self._end(ran.job_id, ran.ledger, self._failures.end_of(failed, error), ran.request)
         return self._finish(self.answered(ran.job_id, ran.request, ran.ledger, completion))
+
+    def _ended_meanwhile(self, job_id: str) -> Outcome:
+        ended = self._store.outcome(job_id)
+        if ended is None:
+            raise DuplicateDelivery
+        return ended
 
     def _end(self, job_id: str, ledger: Ledger, error: ShiftworkerError, request: JobRequest) -> Outcome:
         outcome = outcome_of(error, job_id, ledger.model_copy(update={"finished_at": utc_now()}))

@@ -24,7 +24,7 @@ from common.errors import (
     ShiftworkerError,
 )
 from common.job_store import MemoryJobStore
-from common.schemas import ErrorBody, JobRequest, JobState, Ledger, Outcome, Route, utc_now
+from common.schemas import ErrorBody, Fault, JobRequest, JobState, Ledger, Outcome, Route, utc_now
 from tests.factories import make_placement, make_spec
 from tests.waiting import eventually
 from worker.catalog.spec import EngineKind
@@ -296,6 +296,37 @@ def test_a_job_alone_in_an_engine_that_dies_twice_is_poison() -> None:
         "the engine died 2 times with this job alone in it, the last time with: it ended" in error_of(outcome).message
     )
     assert [found.company for found in world.store.dead["job"].faults] == [1, 1]
+
+
+def test_a_suspect_waits_for_its_place_and_may_end_meanwhile() -> None:
+    """It does not join somebody who is no suspect; cancelled at the door, it never runs."""
+    world, stop = World(run_s=LONG_S), StopSignal()
+    world.store.begin("suspect", delivery="suspect")
+    death = Fault(at=utc_now(), worker="here", attempt=1, kind="EngineDied", message="gone", company=2)
+    world.store.add_fault("suspect", death)
+    with world.running(stop=stop), ThreadPoolExecutor(1) as pool:
+        request = JobRequest.parse(BODY)
+        waits = pool.submit(world.runner.run, "suspect", request, ROUTE, delivery="suspect", stop=StopSignal())
+        eventually(lambda: world.runner.runs("suspect"))
+        error = ErrorBody.of(JobCancelled("never mind"))
+        ended = world.store.finish(Outcome(job_id="suspect", state=JobState.CANCELLED, error=error))
+        assert not waits.done()
+        stop.stop("handback")
+        assert waits.result(10) == ended
+    assert len(world.engine.calls) == 1
+
+
+@pytest.mark.parametrize("reason", ["time limit", "handback"])
+def test_a_stop_after_another_attempt_began_is_nobody_s_end(reason: str) -> None:
+    """The process was paused, so the job's time has passed here and not where it runs now."""
+    world, stop = World(run_s=LONG_S), StopSignal()
+    with world.running(stop=stop) as running:
+        world.store.begin("job", delivery="tag")
+        stop.stop(reason)
+        with pytest.raises(HandBack):
+            running.result(10)
+    assert world.store.outcome("job") is None
+    assert world.store.view("job").state is JobState.RUNNING
 
 
 def test_an_engine_that_is_ended_on_purpose_is_no_death() -> None:
