@@ -225,8 +225,8 @@ return redis.call('ZCOUNT', KEYS[1] .. ':order', '-inf', string.format('%.0f', (
 READ: Final = """
 local sums, heads = redis.call('HGETALL', KEYS[1] .. ':sums'), {}
 for i = 1, #sums, 2 do
-  local lane = string.match(sums[i], '^jobs (.*)$')
-  if lane then
+  if string.sub(sums[i], 1, 5) == 'jobs ' then
+    local lane = string.sub(sums[i], 6)
     local arrivals = KEYS[1] .. ':arrivals:' .. lane
     local oldest = redis.call('ZRANGE', arrivals, 0, 0, 'WITHSCORES')
     local newest = redis.call('ZRANGE', arrivals, -1, -1, 'WITHSCORES')

@@ -46,15 +46,15 @@ class RedisQueues:
 
 def _lanes(sums: Sequence[Any], heads: Sequence[Sequence[Any]]) -> Iterator[Lane]:
     """Each lane of one queue's reading (backlog_scripts.READ), by class and tenant."""
-    amounts = {name: int(amount) for name, amount in zip(sums[::2], sums[1::2], strict=True)}
+    amounts = dict(zip(sums[::2], sums[1::2], strict=True))
 
     def tokens(what: str, lane: str) -> int | None:
-        return None if amounts.get(f"{what}? {lane}") else amounts.get(f"{what} {lane}", 0)
+        return None if amounts.get(f"{what}? {lane}", "0") != "0" else int(amounts.get(f"{what} {lane}", 0))
 
     for lane, oldest, newest, deadline in sorted(heads, key=lambda head: str(head[0])):
         job_class, _, tenant = lane.partition(":")
         yield Lane(
-            count=amounts[f"jobs {lane}"],
+            count=int(amounts[f"jobs {lane}"]),
             oldest_at=float(oldest),
             newest_at=float(newest),
             priority=int(job_class.removesuffix("*")),
