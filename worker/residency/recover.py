@@ -73,6 +73,9 @@ def recover(failure: Failure, others: Others) -> Recovery:
     7. Was something ready before?                     That, so that the worker has a model.
     8. Is there a cloud endpoint for the jobs?         That.
     9. Otherwise                                       The jobs wait.
+
+    A model that was given up is left alone for a while, longer each time; a restart of the worker forgets that, for it
+    is what an operator does once he has mended the cause.
     """
     model_id, error = failure.model_id, failure.error
     lacks_memory = isinstance(error, OutOfMemory | TooLittleMemory)
