@@ -176,7 +176,7 @@ class JobClient:
 
         Raises
         ------
-        Refused, Stopped, AttemptsExhausted, InternalError
+        Refused, Stopped, SetAside, InternalError
             The job ended without an answer; the error is the one that its outcome names.
         NotEndedYet
             It has not ended yet. It goes on; wait again, or cancel it.

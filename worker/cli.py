@@ -287,9 +287,11 @@ def status(*, as_json: Json = False) -> None:
     away = sorted({offer.worker for offer in read_offers(client)} - {found.worker for found in statuses})
     unserved = read_unserved(client, {model for found in statuses for model in found.backlog})
     unrouted = sum(client.llen(name) for name in keys.lists_of(keys.SUBMIT_QUEUE))
+    set_aside = client.zcard(keys.DEAD)
     if as_json:
         workers = [found.model_dump(mode="json") for found in statuses]
-        _print_json({"workers": workers, "away": away, "unserved": unserved, "waiting_for_router": unrouted})
+        waiting = {"unserved": unserved, "waiting_for_router": unrouted, "set_aside": set_aside}
+        _print_json({"workers": workers, "away": away, **waiting})
         return
     for found in statuses:
         _out.print(show.status_panel(found))
@@ -299,6 +301,8 @@ def status(*, as_json: Json = False) -> None:
         _out.print(f"Away: {', '.join(away)}", style="yellow")
     for model, waiting in unserved.items():
         _out.print(f"No worker that is alive serves {escape(model)}: {waiting} jobs wait", style="yellow")
+    if set_aside:
+        _out.print(f"{set_aside} jobs are set aside; `shiftworker dead list` says why", style="yellow")
     _out.print(f"{unrouted} jobs wait for the router")
 
 

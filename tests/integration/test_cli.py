@@ -96,12 +96,14 @@ def test_status_counts_what_waits_for_nobody(redis_url: str, redis_client: Any) 
         delivery = {"delivery_tag": str(number), "delivery_info": {"exchange": "", "routing_key": gone}}
         RedisBacklog(redis_client).put(gone, {"properties": delivery}, "message", now=0.0)
     redis_client.set(keys.backlog_order(keys.model_queue("none")), "x")
+    redis_client.zadd(keys.DEAD, {"one": 1, "two": 2})
 
     found = json.loads(shiftworker("status", "--json", REDIS_URL=redis_url).stdout)
-    assert found == {"workers": [], "away": [], "unserved": {"gone": 4}, "waiting_for_router": 7}
+    assert found == {"workers": [], "away": [], "unserved": {"gone": 4}, "waiting_for_router": 7, "set_aside": 2}
     said = shiftworker("status", REDIS_URL=redis_url).stdout
     assert "No worker that is alive serves gone: 4 jobs wait" in said
     assert "7 jobs wait for the router" in said
+    assert "2 jobs are set aside; `shiftworker dead list` says why" in said
 
 
 def test_models_says_why_each_one_is_left_out() -> None:

@@ -22,7 +22,7 @@ from common.errors import EngineDied, EngineTimeout, JobCancelled
 from common.job_stream import START, read_stream
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
-from common.schemas import ErrorBody, JobRequest, JobState, OfferedModel, Outcome, Route
+from common.schemas import ErrorBody, Fault, JobRequest, JobState, OfferedModel, Outcome, Route
 from common.settings import Settings
 from tests.factories import make_placement, make_spec
 from tests.runs import OWNER, Told, in_hand, make_run
@@ -402,6 +402,18 @@ def test_a_job_under_which_something_has_failed_goes_the_ordinary_way(world: Wor
     eventually(lambda: again.words == ["ordinary"])
     assert world.store.view("job").attempts == 1
     assert world.in_flight == 0
+
+
+def test_nobody_goes_in_beside_a_suspect(world: World) -> None:
+    """The lane leaves the job to a thread, which can wait at the door; the suspect's place is untouched."""
+    death = Fault(at=datetime.now(UTC), worker="here", attempt=1, kind="EngineDied", message="gone", company=2)
+    request = JobRequest.parse(BODY)
+    with world.runner.enter("suspect", request, ROUTE, StopSignal(), "tag", faults=[death]):
+        told = world.start("job")
+        eventually(lambda: told.words == ["ordinary"])
+        assert world.engine.asked == []
+        assert world.in_flight == 1
+    assert world.run_ordinary(told).state is JobState.ANSWERED
 
 
 def test_a_job_that_takes_too_long_is_given_up(world: World) -> None:

@@ -209,7 +209,7 @@ class JobRunner:
             route=route,
             stop=stop,
             delivery=delivery,
-            company=self._failures.company(faults or ()),
+            company=self._failures.company(faults) if faults else None,
         )
         return self._seats.take(wanted, wait=faults is not None)
 

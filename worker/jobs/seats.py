@@ -5,7 +5,7 @@ Gives each job its place in an engine: alone of its kind, in the company it may 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from common.errors import EngineDied, EngineNotReady, LoadFailed, Refused
@@ -84,19 +84,20 @@ class Seats:
             The cloud endpoint will not have it.
         """
         model_id = wanted.model_id
-        with ExitStack() as place:
-            place.enter_context(self._alone(wanted))
+        with self._alone(wanted):
             if model_id is None:
-                yield Seat(engine=place.enter_context(self._at_endpoint(wanted)))
+                with self._at_endpoint(wanted) as engine:
+                    yield Seat(engine=engine)
                 return
-            place.enter_context(self._usher.enter(model_id, wanted.job_id, wanted.company, wanted.stop, wait=wait))
-            seat = Seat(engine=place.enter_context(self._ready(model_id)))
-            try:
-                yield seat
-            except EngineDied:
-                if wanted.stop.reason is None:  # else it was ended on purpose, and its jobs were told before
-                    seat.company = self._usher.died_with(model_id, wanted.job_id)
-                raise
+            at_the_door = self._usher.enter(model_id, wanted.job_id, wanted.company, wanted.stop, wait=wait)
+            with at_the_door, self._ready(model_id) as engine:
+                seat = Seat(engine=engine)
+                try:
+                    yield seat
+                except EngineDied:
+                    if wanted.stop.reason is None:  # else it was ended on purpose, and its jobs were told before
+                        seat.company = self._usher.died_with(model_id, wanted.job_id)
+                    raise
 
     @contextmanager
     def _alone(self, wanted: Wanted) -> Iterator[None]:
