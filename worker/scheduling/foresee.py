@@ -5,11 +5,12 @@ When would the waiting jobs start if the models had their turns in a given order
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.keys import PRIORITY_STEPS
-from worker.state.backlog import Waiting
+from worker.state.backlog import Lane, Waiting
 from worker.state.pace import Pace
 
 Lateness = tuple[float, ...]  # by job class, most urgent first: how much over the bound its worst job is, in bounds
@@ -72,32 +73,43 @@ def weigh(
 
     A lane whose age is unknown counts as new. A deadline that has passed presses nobody.
     """
-    groups: dict[int, Group] = {}
-    longest_s = 0.0
+    lanes: dict[int, list[Lane]] = {}
     for lane in waiting.by_class:
-        job_class = class_of(lane.priority)
-        work_s, one_s = (pace.work_s(lane), pace.one_s(lane) or 0.0) if pace else (None, 0.0)
+        lanes.setdefault(class_of(lane.priority), []).append(lane)
+    groups = []
+    longest_s = 0.0
+    for job_class in sorted(lanes):
+        together = lanes[job_class]
+        whole = together[0] if len(together) == 1 else _join(together)
+        work_s, one_s = (pace.work_s(whole), pace.one_s(whole) or 0.0) if pace else (None, 0.0)
         longest_s = max(longest_s, one_s)
-        bound = lane.max_wait_s or bound_s
-        oldest_at = now if lane.oldest_at is None else lane.oldest_at
-        due_at, last_due_at = oldest_at + bound, math.inf if lane.newest_at is None else lane.newest_at + bound
-        if lane.deadline_at is not None and lane.deadline_at > now:
-            due_at = min(due_at, lane.deadline_at - one_s)
-        count = lane.count
-        if before := groups.get(job_class):
-            work_s = None if work_s is None or before.work_s is None else work_s + before.work_s
-            due_at, bound = min((due_at, bound), (before.due_at, before.bound_s))
-            last_due_at = max(last_due_at, before.last_due_at)
-            count += before.count
-        groups[job_class] = Group(job_class, count, work_s, due_at, last_due_at, bound)
-    ordered = tuple(groups[job_class] for job_class in sorted(groups))
+        due_at, bound, last_due_at = math.inf, bound_s, -math.inf
+        for lane in together:
+            its_bound = lane.max_wait_s or bound_s
+            its_due_at = (now if lane.oldest_at is None else lane.oldest_at) + its_bound
+            if lane.deadline_at is not None and lane.deadline_at > now:
+                its_due_at = min(its_due_at, lane.deadline_at - one_s)
+            if its_due_at < due_at:
+                due_at, bound = its_due_at, its_bound
+            last_due_at = max(last_due_at, math.inf if lane.newest_at is None else lane.newest_at + its_bound)
+        groups.append(Group(job_class, whole.count, work_s, due_at, last_due_at, bound))
     oldest_at = now if waiting.oldest_at is None else waiting.oldest_at
-    return Load(model_id, waiting.count, oldest_at, ready, switch_s, ordered, longest_s)
+    return Load(model_id, waiting.count, oldest_at, ready, switch_s, tuple(groups), longest_s)
+
+
+def _join(lanes: Sequence[Lane]) -> Lane:
+    """Sum up lanes of one class: tenants share the places, so one tenant's few jobs leave none of them empty."""
+    prompts, outputs = [lane.prompt_tokens for lane in lanes], [lane.output_tokens for lane in lanes]
+    return Lane(
+        count=sum(lane.count for lane in lanes),
+        prompt_tokens=None if None in prompts else sum(filter(None, prompts)),
+        output_tokens=None if None in outputs else sum(filter(None, outputs)),
+    )
 
 
 def class_of(priority: int) -> int:
     """The job class of a priority: the place of its list among those that make up a queue."""
-    return sum(step <= priority for step in PRIORITY_STEPS) - 1
+    return bisect_right(PRIORITY_STEPS, priority) - 1
 
 
 def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Foreseen:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from worker.simulate.costs import ModelCosts
-from worker.simulate.machine import rank
 from worker.simulate.policies import pace_of, shiftworker
+from worker.simulate.queue import Queue
 from worker.simulate.run import Run, Start, simulate
 from worker.simulate.trace import TracedJob
 from worker.state.backlog import Backlog, Lane
@@ -143,11 +143,10 @@ def _play(snapshot: Snapshot, bundle: int, dice: random.Random) -> _Played:
         for job in jobs_of(lane, model, now=snapshot.now, sizes=_sizes(lane.count, bundle, spread[model], dice))
     ]
     jobs.sort(key=lambda job: job.arrival_s)
-    line: dict[str, list[int]] = {}
+    queues = {model: Queue(jobs, bytearray(len(jobs)), snapshot.max_wait_s, by_arrival=False) for model in usual}
     for number, job in enumerate(jobs):
-        line.setdefault(job.model, []).append(number)
-    for numbers in line.values():
-        numbers.sort(key=lambda n: rank(jobs[n], n, snapshot.max_wait_s))
+        queues[job.model].put(number)
+    line = {model: [queue.take(snapshot.now) for _ in range(len(queue))] for model, queue in queues.items() if queue}
     costs = {model: _unsure(cost, snapshot.pace_error.get(model, _ERROR), dice) for model, cost in usual.items()}
     starts = [_unsure_start(start, snapshot.now, dice) for start in snapshot.workers]
     coming = _coming(snapshot, usual, bundle, dice)

@@ -11,7 +11,8 @@ from heapq import heappop, heappush
 
 from worker.scheduling.pick import Turn
 from worker.simulate.costs import ModelCosts
-from worker.simulate.machine import Machine, Queue
+from worker.simulate.machine import Machine
+from worker.simulate.queue import Queue
 from worker.simulate.trace import TracedJob
 
 _END, _READY, _LOOK = range(3)  # kinds of events: a job ends, a switch is done, look at the queues again
@@ -170,6 +171,7 @@ class _Simulation:
         elif kind == _READY:
             machine.end(now)
             self._turns[which].ready_s = now
+            self._admit(which, now)  # as a worker does, whose engine is ready before it decides again
             self._look.add(which)
         elif self._look_at[which] == now:
             self._look.add(which)
@@ -190,7 +192,8 @@ class _Simulation:
         while machine.target is None:
             if which in self._look:
                 self._look.discard(which)
-                self._decide(which, now)
+                if self._waiting:  # otherwise no policy has anything to say
+                    self._decide(which, now)
                 if machine.target is not None:
                     break
             if not self._admit(which, now):
@@ -209,7 +212,7 @@ class _Simulation:
             if machine.reading_until > now:
                 heappush(self._events, (machine.reading_until, _LOOK, which))
                 return False
-            number = queue.take()
+            number = queue.take(now)
             self._waiting -= 1
             self._run.starts[number] = now
             ends = self._run.ends[number] = machine.start(self._jobs[number], now)

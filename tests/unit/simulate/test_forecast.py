@@ -13,7 +13,7 @@ import pytest
 from common.estimate_finish import estimate_finish
 from tests.traces import KINDS, MAX_WAIT_S, MIN_TURN_S, World, make_costs, make_job, make_world
 from worker.simulate.forecast import Snapshot, Traffic, forecast_backlog
-from worker.simulate.machine import Queue, rank
+from worker.simulate.queue import Queue
 from worker.simulate.run import Run, Start
 from worker.simulate.tell import tell_forecast
 from worker.state.backlog import Backlog
@@ -23,13 +23,9 @@ def snapshot_of(world: World, run: Run, now: float, **changes: object) -> tuple[
     """What a worker would see of a run at a moment, and the jobs that wait for each model, in their order."""
     waits = bytearray(len(world.jobs))
     queues = {model: Queue(world.jobs, waits, MAX_WAIT_S, by_arrival=False) for model in world.costs}
-    line: dict[str, list[int]] = {model: [] for model in world.costs}
     for number, job in enumerate(world.jobs):
         if job.arrival_s <= now < run.starts[number]:
             queues[job.model].put(number)
-            line[job.model].append(number)
-    for numbers in line.values():
-        numbers.sort(key=lambda n: rank(world.jobs[n], n, MAX_WAIT_S))
     turn = max((turn for turn in run.turns if turn.ready_s <= now), key=lambda turn: turn.ready_s, default=None)
     coming = next((turn for turn in run.turns if turn.asked_s <= now < turn.ready_s), None)
     running = [n for n in range(len(world.jobs)) if run.starts[n] <= now < run.ends[n]]
@@ -53,7 +49,8 @@ def snapshot_of(world: World, run: Run, now: float, **changes: object) -> tuple[
         "spread": dict.fromkeys(world.costs, pstdev(sizes) / mean(sizes)),
         "workers": (start,),
     }
-    return Snapshot(**{**facts, **changes}), line  # type: ignore[arg-type]
+    snapshot = Snapshot(**{**facts, **changes})  # type: ignore[arg-type]
+    return snapshot, {model: [queue.take(now) for _ in range(len(queue))] for model, queue in queues.items()}
 
 
 def noisy(world: World, spread: float) -> World:

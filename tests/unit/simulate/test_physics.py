@@ -64,17 +64,28 @@ def test_round_robin_goes_by_name() -> None:
     assert [turn.model for turn in world.run(PolicyName.COLLATE).turns] == ["a", "c", "b"]
 
 
-def test_urgent_jobs_of_a_model_start_first_then_those_that_are_due() -> None:
-    """Batch last; a deadline before the bound's end."""
+def test_jobs_whose_deadline_binds_start_first_then_the_urgent_ones() -> None:
+    """After 10 s of loading, half of the first one's time is gone; batch comes last."""
     jobs = [
         make_job(0, "a", priority=9),
         make_job(1, "a"),
         make_job(2, "a", deadline_s=100.0),
         make_job(3, "a", priority=0),
+        make_job(4, "a", deadline_s=20.0),
     ]
     run = World(jobs=jobs, costs={"a": make_costs()}).run()
 
-    assert sorted(range(4), key=run.starts.__getitem__) == [3, 2, 1, 0]
+    assert sorted(range(5), key=run.starts.__getitem__) == [4, 3, 1, 2, 0]
+
+
+def test_the_policy_is_asked_only_where_its_answer_can_change() -> None:
+    """Once a turn where jobs come one by one; and not for each job with a deadline, if an earlier one is known."""
+    costs = {model: make_costs() for model in "ab"}
+    rare = World(jobs=[make_job(n, "ab"[n % 2], 100.0 * n) for n in range(200)], costs=costs).run()
+    pressed = [make_job(n, "ab"[n % 2], 0.6 * n, deadline_s=0.6 * n + 3000) for n in range(2000)]
+
+    assert rare.decisions <= len(rare.turns) + 5
+    assert World(jobs=pressed, costs=costs).run().decisions <= 200
 
 
 def test_two_workers_take_two_models() -> None:

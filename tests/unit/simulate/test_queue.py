@@ -1,0 +1,84 @@
+"""
+The order of simulated jobs is that of the real backlog, and what is read of them is their sums.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.backlog import Place
+from tests.integration.test_backlog_order import Reference
+from tests.traces import World, make_costs, make_job
+from worker.simulate.queue import Queue
+
+BOUND_S = 60.0
+
+drawn_jobs = st.lists(
+    st.tuples(
+        st.integers(0, 40),  # seconds since the job before it came
+        st.sampled_from((0, 3, 9)),
+        st.sampled_from("xyz"),
+        st.integers(1, 9),
+        st.one_of(st.none(), st.integers(1, 200)),  # seconds until its deadline
+        st.integers(0, 2),  # jobs that are taken when it has come
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(drawn_jobs)
+def test_jobs_are_served_in_the_order_of_the_real_backlog(
+    drawn: list[tuple[int, int, str, int, int | None, int]],
+) -> None:
+    """The reference is the one that the backlog in Redis is held to: levels, classes, fair shares, arrival."""
+    jobs, at = [], 0.0
+    for number, (gap, priority, tenant, size, deadline, _) in enumerate(drawn):
+        at += gap
+        due = None if deadline is None else at + deadline
+        jobs.append(make_job(number, "a", at, size=size, priority=priority, tenant=tenant, deadline_s=due))
+    queue, reference = Queue(jobs, bytearray(len(jobs)), BOUND_S, by_arrival=False), Reference()
+
+    def take(most: int, now: float) -> None:
+        most = min(most, len(queue))
+        assert [queue.take(now) for _ in range(most)] == [int(job_id) for job_id in reference.take(most, now)]
+
+    for number, job in enumerate(jobs):
+        queue.put(number)
+        place = Place(
+            queued_at=job.arrival_s, priority=job.priority, tenant=job.tenant, prompt_tokens=job.prompt_tokens,
+            output_tokens=job.output_tokens, deadline_at=job.deadline_s, max_wait_s=BOUND_S,
+        )  # fmt: skip
+        reference.put(f"{number:03}", place)
+        take(drawn[number][-1], job.arrival_s)
+    take(len(queue), at + BOUND_S / 2)
+
+
+def test_a_tenant_with_many_jobs_does_not_hold_up_another() -> None:
+    """Ninety jobs of one tenant, then ten of another, all at once: these are served in turn with the first ones."""
+    jobs = [make_job(n, "a", tenant="many" if n < 90 else "few") for n in range(100)]
+    run = World(jobs=jobs, costs={"a": make_costs()}).run()
+
+    assert sorted(range(100), key=run.starts.__getitem__)[:6] == [0, 90, 1, 91, 2, 92]
+
+
+def test_the_reading_sums_up_each_class() -> None:
+    """Jobs, tokens, first and last arrival, the first deadline that has not passed; what has been taken is out."""
+    jobs = [
+        make_job(0, "a", 1.0),
+        make_job(1, "a", 2.0, tenant="x", deadline_s=50.0),
+        make_job(2, "a", 3.0, size=2, deadline_s=90.0),
+        make_job(3, "a", 4.0, priority=9),
+    ]
+    queue = Queue(jobs, bytearray(4), BOUND_S, by_arrival=False)
+    for number in range(4):
+        queue.put(number)
+
+    usual, batch = queue.read(4.0).lanes
+    assert (usual.count, usual.prompt_tokens, usual.oldest_at, usual.newest_at) == (3, 400, 1.0, 3.0)
+    assert (usual.deadline_at, batch.priority, batch.count, batch.deadline_at) == (50.0, 9, 1, None)
+    assert queue.take(4.0) == 0
+    assert queue.read(55.0).lanes[0].deadline_at == 90.0
+    assert queue.read(55.0).oldest_at == 2.0
