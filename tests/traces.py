@@ -102,17 +102,17 @@ def make_world(seed: int, kind: str, *, load: float | None = None, count: int | 
     return World(jobs=jobs, costs=costs)
 
 
-def make_starvation(seed: int) -> World:
-    """Ninety minutes of steady traffic that keeps one model busy all the time, and a few jobs for another one."""
+def make_starvation(seed: int, *, load: float = 1.0, minutes: int = 90) -> World:
+    """Steady traffic that keeps one model busy all the time, and a few jobs for another one in the first third."""
     dice = random.Random(seed)
     job_s, at_once = dice.choice((0.5, 1.0, 3.0)), dice.choice((1, 1, 4))
     costs = {
         model: make_costs(load_s=dice.uniform(2, 60), wake_s=dice.uniform(0.5, 10), job_s=job_s, at_once=at_once)
         for model in ("busy", "rare")
     }
-    jobs, at = [], 0.0
-    while at < 5400:
+    lasts_s = 60 * minutes
+    jobs: list[TracedJob] = []
+    while (at := len(jobs) * job_s / at_once / load) < lasts_s:
         jobs.append(make_job(len(jobs), "busy", at))
-        at += job_s / at_once
-    jobs += [make_job(len(jobs) + n, "rare", dice.uniform(60, 1500)) for n in range(6)]
+    jobs += [make_job(len(jobs) + n, "rare", dice.uniform(60, 0.28 * lasts_s)) for n in range(6)]
     return World(jobs=sorted(jobs, key=lambda job: job.arrival_s), costs=costs)

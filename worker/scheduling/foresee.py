@@ -23,6 +23,7 @@ class Group:
     job_class: int  # index into PRIORITY_STEPS
     count: int
     work_s: float | None  # of the engine; None = unknown
+    oldest_at: float  # Unix seconds; now where nobody knows
     due_at: float  # Unix seconds when its most pressing job should start: its bound or its deadline, the earlier
     last_due_at: float  # likewise of its last one
     bound_s: float
@@ -83,18 +84,19 @@ def weigh(
         whole = together[0] if len(together) == 1 else _join(together)
         work_s, one_s = (pace.work_s(whole), pace.one_s(whole) or 0.0) if pace else (None, 0.0)
         longest_s = max(longest_s, one_s)
-        due_at, bound, last_due_at = math.inf, bound_s, -math.inf
+        oldest_at, due_at, bound, last_due_at = math.inf, math.inf, bound_s, -math.inf
         for lane in together:
             its_bound = lane.max_wait_s or bound_s
-            its_due_at = (now if lane.oldest_at is None else lane.oldest_at) + its_bound
+            came_at = now if lane.oldest_at is None else lane.oldest_at
+            oldest_at, its_due_at = min(oldest_at, came_at), came_at + its_bound
             if lane.deadline_at is not None and lane.deadline_at > now:
                 its_due_at = min(its_due_at, lane.deadline_at - one_s)
             if its_due_at < due_at:
                 due_at, bound = its_due_at, its_bound
             last_due_at = max(last_due_at, math.inf if lane.newest_at is None else lane.newest_at + its_bound)
-        groups.append(Group(job_class, whole.count, work_s, due_at, last_due_at, bound))
-    oldest_at = now if waiting.oldest_at is None else waiting.oldest_at
-    return Load(model_id, waiting.count, oldest_at, ready, switch_s, tuple(groups), longest_s)
+        groups.append(Group(job_class, whole.count, work_s, oldest_at, due_at, last_due_at, bound))
+    first_at = now if waiting.oldest_at is None else waiting.oldest_at
+    return Load(model_id, waiting.count, first_at, ready, switch_s, tuple(groups), longest_s)
 
 
 def _join(lanes: Sequence[Lane]) -> Lane:
@@ -138,18 +140,17 @@ def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Fores
     return Foreseen(tuple(late), slack)
 
 
-_MUCH = 0.3  # a switch is worth it if the worst job of a class is late by no more than this share of what it was
+_LITTLE = 0.05  # of the bound: who is late by no more is on time; the promise allows the jobs in flight and a switch
+_MUCH = 0.1  # or who is late by no more than this share of what it would be otherwise
 
 
 def is_better(other: Foreseen, than: Foreseen) -> bool:
     """
-    Is the order behind *other* worth a switch? The most urgent class in which they differ much decides.
+    Is the order behind *other* worth a switch? The most urgent class decides that is much less late in one of them.
 
     What is late either way is no reason: an overload must not only switch.
     """
     for mine, its in zip(other.late, than.late, strict=True):
-        if mine < its and mine <= _MUCH * its:
-            return True
-        if its < mine and its <= _MUCH * mine:
-            return False
+        if mine != its and min(mine, its) <= max(_LITTLE, _MUCH * max(mine, its)):
+            return mine < its
     return False

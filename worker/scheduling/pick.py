@@ -8,15 +8,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from common.keys import PRIORITY_STEPS
 from worker.scheduling.foresee import Foreseen, Load, foresee, is_better, weigh
 from worker.state.backlog import Backlog
 from worker.state.pace import Pace
 from worker.state.residency import Level, Residency, Resident
 
 _LEEWAY_S = 1.0  # a turn ends that much before somebody else would be late: no decision comes to the instant
-_SWITCHING = 0.2  # share of the time that switches for a more urgent class, or out of a turn just begun, may take
+_SWITCHING = 0.2  # share of the time that switches for urgency, or out of a turn just begun, may take ...
+_PATIENCE = 0.25  # ... until somebody has waited for that share of the bound; then it is _SMALL
 _PAYS = 10.0  # a detour must gain this many times its price in seconds of waiting ...
 _SMALL = 0.05  # ... and take at most this share of what it interrupts, and its switches this share of the turn
+_RARE = 0.1  # a detour to a model that steady traffic keeps away may take this share of the turn so far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +64,12 @@ def pick_turn(
        those that are loaded?                         the job that waits longest. Not while (4) is the matter.
     3. Has a model with jobs just become ready?       Keep it for *min_turn_s*, or until it has paid for its switches
                                                       if that is sooner: an overload must not only switch.
-    4. Would a job be late for its bound              The model that is due first, at the last moment. In an overload
-       (*max_wait_s*) or its deadline if we stay,     only if that makes the worst wait of a class much shorter, the
-       and not, or much less, if we go?               most urgent class first.
+    4. Would a job be late for its bound              The model that is due first, at the last moment. For a deadline
+       (*max_wait_s*) or its deadline if we stay,     that makes others late, once the turn has paid for the switches.
+       and not if we go?                              The most urgent class decides that is late in one case only.
     5. Does a more urgent class wait elsewhere?       That model, once the turn has paid for the switches.
-    6. Are there jobs for a model that is ready?      Keep it, unless a short detour gains many times its price.
+    6. Are there jobs for a model that is ready?      Keep it, unless a short detour gains many times its price, or
+                                                      steady traffic has kept a rare model away for long.
     7. Otherwise                                      The model of the most urgent class; of several, that of the job
                                                       that waits longest. In a fleet, first one that nobody serves.
 
@@ -141,27 +145,42 @@ def _stay_or_leave(
     """Choose where a model that is ready has jobs, as *resident*."""
     current, urgent = at_work[0], absent[0]
     drain_s = current.one_s * (1 + math.log(resident.in_flight)) if resident.in_flight else 0.0  # the longest of many
+    lasted_s = now - resident.since
+    share = _SMALL if _falls_behind((*at_work, *absent), now) else _SWITCHING
+
+    def paid_at(other: Load) -> float:
+        return resident.since + (drain_s + current.switch_s + other.switch_s) / share
 
     # (4) The bound and the deadlines.
     due, go, stay = _foresee_both(at_work, absent, now, drain_s)
     presses = is_better(go, stay)
+    if presses and any(go.late) and due.due_at < due.oldest_at + max_wait_s:
+        presses = now >= paid_at(due)
     if presses and (go.slack_s <= _LEEWAY_S or due.due_at <= now + drain_s + due.switch_s):
         return _due_turn(due, go, now, max_wait_s)
     until = now + max(_LEEWAY_S, min(go.slack_s, max_wait_s) / 2)
 
     # (5) A more urgent class.
     if urgent.job_class < current.job_class:
-        paid_at = resident.since + (current.switch_s + urgent.switch_s) / _SWITCHING
-        if now >= paid_at:
+        if now >= paid_at(urgent):
             return _turn(urgent, f"{urgent.count} of its jobs wait, some more urgent than any of {current.model_id}")
-        until = min(until, paid_at)
+        until = min(until, paid_at(urgent))
 
     # (6) Collate.
     for other in absent:
-        if _pays(other, current, now - resident.since):
+        if _pays(other, current, lasted_s):
             return _turn(other, f"{other.count} short jobs wait: serving them first costs {current.model_id} little")
+        if _is_kept_away(other, current, drain_s, lasted_s, now):
+            return _turn(other, f"a job has waited {now - other.oldest_at:.0f} s, all of {current.model_id} came later")
     overload = "; overload: some job will be late in any order" if any(stay.late) and not presses else ""
     return _turn(current, f"{current.count} of its jobs wait and it is ready{overload}", until=until)
+
+
+def _falls_behind(loads: Sequence[Load], now: float) -> bool:
+    """Has a job that is not batch waited for a good part of its bound? Then urgency must cost the others little."""
+    batch = len(PRIORITY_STEPS) - 1
+    groups = (group for load in loads for group in load.groups if group.job_class < batch)
+    return any(now - group.oldest_at > _PATIENCE * group.bound_s for group in groups)
 
 
 def _foresee_both(
@@ -169,7 +188,9 @@ def _foresee_both(
 ) -> tuple[Load, Foreseen, Foreseen]:
     """Find the absent model that is due first, what going to it now would do, and what staying would."""
     due, *others = sorted(absent, key=_by_due)
-    go = foresee([due, *sorted([*at_work, *others], key=_by_due)], now=now, drain_s=drain_s)
+    in_turn = [due, *sorted([*at_work, *others], key=_by_due)]
+    on_one_way = [due, *others, *at_work]  # all that are absent before the way back
+    go = min((foresee(order, now=now, drain_s=drain_s) for order in (in_turn, on_one_way)), key=lambda one: one.late)
     return due, go, foresee([*at_work, *absent], now=now, drain_s=drain_s)
 
 
@@ -206,6 +227,18 @@ def _pays(other: Load, current: Load, lasted_s: float) -> bool:
         detour_s <= _SMALL * current.work_s
         and switches_s <= _SMALL * lasted_s
         and other.count * current.work_s >= _PAYS * current.count * detour_s
+    )
+
+
+def _is_kept_away(other: Load, current: Load, drain_s: float, lasted_s: float, now: float) -> bool:
+    """Does *other* wait behind jobs that came after it, and is a detour to all of its jobs short beside the turn?"""
+    if other.work_s is None or other.job_class > current.job_class:
+        return False
+    detour_s = drain_s + other.switch_s + other.work_s + current.switch_s
+    return (
+        detour_s <= _RARE * lasted_s
+        and other.oldest_at < current.oldest_at
+        and now - other.oldest_at > _PATIENCE * other.groups[0].bound_s
     )
 
 

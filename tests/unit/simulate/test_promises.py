@@ -4,6 +4,7 @@ What the worker's decision promises, on made-up traces: the bound, the makespan,
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from heapq import heappop, heappush
 
@@ -65,6 +66,41 @@ def test_a_rare_model_is_not_starved(seed: int) -> None:
     assert ours.max_wait_s <= plain.max_wait_s / 2
     assert ours.bound_violations == 0
     assert ours.makespan_s <= 1.05 * plain.makespan_s
+
+
+@pytest.mark.parametrize("minutes", [20, 40, 90])
+@pytest.mark.parametrize("load", [1.0, 1.2])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rare_model_waits_half_as_long_in_short_traces_and_overloads(seed: int, load: float, minutes: int) -> None:
+    """Long before the bound where a detour is short beside the turn; and though the busy model cannot keep up."""
+    world = make_starvation(seed, load=load, minutes=minutes)
+
+    assert world.report().max_wait_s <= world.report(PolicyName.COLLATE).max_wait_s / 2
+
+
+def test_urgency_does_not_drown_a_worker() -> None:
+    """
+    Every model has interactive, usual and batch jobs with deadlines, few of which can be met, at a load of 0.85.
+
+    To hop after each urgent job would cost more time than there is: all would wait longer, the urgent ones too.
+    """
+    dice = random.Random(1)
+    costs = {model: make_costs(job_s=1.2, at_once=8, load_s=20) for model in "abcde"}
+    jobs, at = [], 0.0
+    for number in range(10_000):
+        at += dice.expovariate(0.85 * 8 / 1.2)
+        jobs.append(
+            make_job(
+                number, dice.choice("abcde"), at, size=dice.expovariate(1), priority=dice.choice((0, 3, 3, 9)),
+                deadline_s=at + dice.uniform(10, 2000) if dice.random() < 0.3 else None,
+            )
+        )  # fmt: skip
+    world = World(jobs=jobs, costs=costs)
+    ours, plain = world.report(), world.report(PolicyName.COLLATE)
+
+    assert ours.bound_violations == 0
+    assert ours.mean_wait_s <= 1.3 * plain.mean_wait_s
+    assert ours.deadline_misses <= plain.deadline_misses
 
 
 def lower_bound_s(world: World) -> float:
@@ -186,13 +222,13 @@ def test_a_deadline_brings_its_model_in_time() -> None:
 
 
 def test_interactive_jobs_come_before_batch_and_batch_resumes() -> None:
-    """Once the turn has paid for two switches: (10 + 2) s are a fifth of 60 s."""
+    """Once the turn has paid for two switches and the job in flight: (10 + 2 + 1) s are a fifth of 65 s."""
     world = busy_with(make_job(200, "b", 20.0, priority=0), busy_priority=9)
     run = world.run()
     (urgent,) = [n for n, job in enumerate(world.jobs) if job.model == "b"]
 
     assert [turn.model for turn in run.turns] == ["a", "b", "a"]
-    assert run.starts[urgent] == pytest.approx(10 + 60 + 10, abs=2)
+    assert run.starts[urgent] == pytest.approx(10 + 65 + 10, abs=2)
     assert "more urgent" in run.turns[1].reason
 
 
