@@ -10,14 +10,19 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from celery import states
+
 from common import keys
 from common.schemas import JobState, Outcome
+
+_PROMISES = ("lost", "unanswered", "duplicates", "wrong", "unlike", "untold", "unheard", "left")  # none is broken
+_CELERYS = {JobState.ANSWERED: states.SUCCESS, JobState.CANCELLED: states.REVOKED}
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -39,14 +44,17 @@ class Report:
     jobs: int
     faults: Mapping[str, int]  # what happened -> how often
     lost: Sequence[str]  # accepted, and without an outcome
-    unanswered: Mapping[str, str]  # ended otherwise -> why
+    unanswered: Mapping[str, str]  # ended otherwise than they might -> why
     duplicates: Sequence[str]  # whose outcome was written more than once
     wrong: Sequence[str]  # answered otherwise than in a quiet run
     unlike: Sequence[str]  # whose copy for Celery is not what is on record
     untold: Sequence[str]  # whose stream does not end exactly once, or does not give the answer
+    unheard: Sequence[str] = ()  # whose webhook was never called
+    ends: Mapping[str, int] = field(default_factory=dict)  # state -> how many jobs ended so
+    called_again: int = 0  # webhooks that were called more than once
     took_s: float = 0.0  # from the first job to the last outcome
     left: Sequence[str] = ()  # what should be gone: processes, deliveries, messages, shares
-    runs: int = 0  # attempts of all jobs together
+    runs_again: int = 0  # attempts beyond the first of a job
     taken_back: int = 0  # deliveries that came back from the dead
     slowest_recovery: Recovery | None = None
     slowest_job_s: float = 0.0  # from submit to outcome
@@ -54,36 +62,43 @@ class Report:
     @property
     def whole(self) -> bool:
         """Was every promise kept?"""
-        return not any((self.lost, self.unanswered, self.duplicates, self.wrong, self.unlike, self.untold, self.left))
+        return not any(getattr(self, name) for name in _PROMISES)
 
     def __str__(self) -> str:
         recovery = self.slowest_recovery or "none"
         hits = ", ".join(f"{what} {times}" for what, times in sorted(self.faults.items()))
-        named = ("lost", "unanswered", "duplicates", "wrong", "unlike", "untold", "left")
+        ends = ", ".join(f"{state} {count}" for state, count in sorted(self.ends.items()))
         return "\n".join(
             (
                 f"seed {self.seed}: {self.jobs} jobs, {sum(self.faults.values())} faults, {self.took_s:.0f} s: {hits}",
                 f"  lost {len(self.lost)}, duplicates {len(self.duplicates)}, wrong answers {len(self.wrong)}",
-                f"  runs beyond the first {self.runs - self.jobs}, deliveries taken back {self.taken_back}",
+                f"  {ends}; webhooks called again {self.called_again}",
+                f"  runs beyond the first {self.runs_again}, deliveries taken back {self.taken_back}",
                 f"  slowest recovery {recovery}, slowest job {self.slowest_job_s:.1f} s",
-                *(f"  {name}: {found}" for name in named if (found := getattr(self, name))),
+                *(f"  {name}: {found}" for name in _PROMISES if (found := getattr(self, name))),
             )
         )
 
 
 def as_table(reports: Iterable[Report]) -> str:
     """The runs as a table in Markdown, one line each."""
-    return "\n".join(
-        (
-            "| seed | jobs | faults | lost | duplicates | wrong | runs again | taken back | slowest recovery | time |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-            *(
-                f"| {r.seed} | {r.jobs} | {sum(r.faults.values())} | {len(r.lost)} | {len(r.duplicates)} "
-                f"| {len(r.wrong)} | {r.runs - r.jobs} | {r.taken_back} | {r.slowest_recovery} | {r.took_s:.0f} s |"
-                for r in reports
-            ),
-        )
-    )
+    columns: dict[str, Callable[[Report], object]] = {
+        "seed": lambda r: r.seed,
+        "jobs": lambda r: r.jobs,
+        "faults": lambda r: sum(r.faults.values()),
+        "lost": lambda r: len(r.lost),
+        "duplicates": lambda r: len(r.duplicates),
+        "wrong": lambda r: len(r.wrong),
+        "cancelled": lambda r: r.ends.get("cancelled", 0),
+        "expired": lambda r: r.ends.get("expired", 0),
+        "webhooks unheard": lambda r: len(r.unheard),
+        "runs again": lambda r: r.runs_again,
+        "taken back": lambda r: r.taken_back,
+        "slowest recovery": lambda r: r.slowest_recovery,
+        "time": lambda r: f"{r.took_s:.0f} s",
+    }
+    rows = [columns.keys(), ["---:"] * len(columns), *([str(of(r)) for of in columns.values()] for r in reports)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def write_table(page: Path, table: str) -> None:
@@ -103,6 +118,8 @@ class Kept:
     ended_at: float | None
     stream: Sequence[Mapping[str, str]] | None = None  # None = it did not stream
     told: str = ""  # what the stream's last attempt said
+    may_end: frozenset[JobState] = frozenset({JobState.ANSWERED})
+    calls: int | None = None  # of its webhook; None = it has none
 
 
 def writes(aof: bytes) -> Iterator[list[bytes]]:
@@ -169,13 +186,16 @@ def judge(
         unanswered={
             i: str(job.outcome.error)
             for i, job in kept.items()
-            if job.outcome is not None and job.outcome.state is not JobState.ANSWERED
+            if job.outcome is not None and job.outcome.state not in job.may_end
         },
         duplicates=[i for i in kept if written.get(i, 0) > 1],
         wrong=[i for i, job in kept.items() if right and is_wrong(job, right[i])],
         unlike=[i for i, job in kept.items() if is_unlike(job)],
         untold=[i for i, job in kept.items() if is_untold(job)],
-        runs=sum(job.attempts for job in kept.values()),
+        unheard=[i for i, job in kept.items() if job.calls == 0],
+        called_again=sum((job.calls or 0) > 1 for job in kept.values()),
+        ends=Counter(job.outcome.state.value for job in kept.values() if job.outcome is not None),
+        runs_again=sum(max(0, job.attempts - 1) for job in kept.values()),
         **figures,
     )
 
@@ -188,11 +208,14 @@ def is_wrong(kept: Kept, expected: str | None) -> bool:
 
 
 def is_unlike(kept: Kept) -> bool:
-    """Does Celery's copy say something else than the record?"""
+    """Does Celery's copy say something else than the record, or nothing at all?"""
     outcome, copy = kept.outcome, kept.celery
-    if outcome is None or outcome.state is not JobState.ANSWERED:
+    if outcome is None:
         return False
-    return copy is None or copy["status"] != "SUCCESS" or copy["result"] != json.loads(json.dumps(outcome.result()))
+    if copy is None or copy["status"] != _CELERYS.get(outcome.state, states.FAILURE):
+        return True
+    answered = outcome.state is JobState.ANSWERED
+    return answered and copy["result"] != json.loads(json.dumps(outcome.result()))
 
 
 def is_untold(kept: Kept) -> bool:

@@ -9,29 +9,26 @@ import heapq
 import json
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-
-import redis
-from kombu.exceptions import OperationalError
 
 from common import keys
 from common.client import JobClient
-from common.errors import Unavailable
 from common.redis_client import RedisClient, connect
+from tests.chaos.ear import Ear
 from tests.chaos.faults import Fault
+from tests.chaos.feeder import Feeder, Order
 from tests.chaos.report import Kept, Report, count_outcomes, judge, slowest_recovery
+from tests.chaos.wishes import PLAIN, Wish, wish_of
 from tests.chaos.world import LEASE_S, MODELS, World, texts
 from tests.waiting import eventually
 
 QUIET_S = 60.0  # after the last fault, every job must have ended within this
 STRIKE_S = 30.0  # something to hit must be there again within this
 SETTLE_S = 4 * LEASE_S  # for what is taken back, acknowledged and copied after the last outcome
-RESEND_S = 0.2
 
 
 def make_jobs(count: int) -> list[dict[str, object]]:
@@ -61,7 +58,8 @@ def run_storm(
     Parameters
     ----------
     expected
-        The answers of a quiet run with these jobs, or more; None = this is one.
+        The answers of a quiet run with these jobs, or more; None = this is one, where all are to be answered. In a
+        storm some jobs are cancelled, some have a deadline (wishes.py).
     seed
         Of the choice among several engines; shown in the report.
     keep
@@ -90,15 +88,18 @@ def _storm(
     expected: Sequence[str | None] | None,
     seed: int,
 ) -> tuple[Report, list[str | None]]:
-    ids = [str(uuid.uuid4()) for _ in jobs]
+    wishes = {str(uuid.uuid4()): PLAIN if expected is None else wish_of(number) for number in range(len(jobs))}
+    ids = list(wishes)
+    orders = {i: Order(body=body, wish=wish) for (i, wish), body in zip(wishes.items(), jobs, strict=True)}
     began = time.time()
-    feeder = _Feeder(world.redis.url, dict(zip(ids, jobs, strict=True)), over_s=sum(f.after_s for f in faults))
-    feeder.start()
-    mended = _let_happen(world, faults)
-    feeder.join(QUIET_S)
-    assert not feeder.is_alive(), "the producer does not get rid of its jobs"
-    left = end_world(world, ids)
-    kept = read_kept(world.redis.url, ids)
+    with contextlib.closing(Ear()) as ear:
+        feeder = Feeder(world.redis.url, orders, over_s=sum(f.after_s for f in faults), hears=ear.url)
+        feeder.start()
+        mended = _let_happen(world, faults)
+        feeder.join(QUIET_S)
+        assert not feeder.is_alive(), "the producer does not get rid of its jobs"
+        left = end_world(world, ids)
+    kept = read_kept(world.redis.url, wishes, calls=ear.calls)
     ended = {job_id: job.ended_at for job_id, job in kept.items() if job.ended_at is not None}
     report = judge(
         kept,
@@ -157,35 +158,6 @@ def _let_happen(world: World, faults: Sequence[Fault]) -> list[tuple[float, str]
     return mended
 
 
-class _Feeder(threading.Thread):
-    """The producer: sends each job until it is accepted, spread over the storm."""
-
-    def __init__(self, url: str, jobs: Mapping[str, Mapping[str, object]], *, over_s: float) -> None:
-        super().__init__(name="feeder", daemon=True)
-        self._url = url
-        self._jobs = jobs
-        self._gap_s = over_s / len(jobs)
-        self.sent_at: dict[str, float] = {}
-
-    def run(self) -> None:
-        client = JobClient(self._url)
-        began = time.time()
-        for number, (job_id, body) in enumerate(self._jobs.items()):
-            time.sleep(max(0.0, began + number * self._gap_s - time.time()))
-            self.sent_at[job_id] = time.time()
-            while not _accepted(client, job_id, body):
-                time.sleep(RESEND_S)
-        client.close()
-
-
-def _accepted(client: JobClient, job_id: str, body: Mapping[str, object]) -> bool:
-    try:
-        client.submit(body, job_id=job_id)
-    except (Unavailable, redis.RedisError, OperationalError, OSError):
-        return False
-    return True
-
-
 def _unsettled(client: RedisClient) -> list[str]:
     """What is still in flight, waits, or is held by a job that has ended."""
     lists = [*keys.lists_of(keys.SUBMIT_QUEUE), *(n for m in MODELS for n in keys.lists_of(keys.model_queue(m)))]
@@ -195,17 +167,21 @@ def _unsettled(client: RedisClient) -> list[str]:
         "messages in backlogs": sum(client.hlen(keys.backlog_messages(keys.model_queue(m))) for m in MODELS),
         "shares of tenants": client.hlen(keys.HELD),
         "malformed messages": client.llen(keys.MALFORMED),
+        "webhooks that are owed": client.zcard(keys.WEBHOOKS),
     }
     return [f"{count} {what}" for what, count in found.items() if count]
 
 
-def read_kept(url: str, ids: Sequence[str]) -> dict[str, Kept]:
-    """What Redis has of each job."""
+def read_kept(
+    url: str, jobs: Iterable[str] | Mapping[str, Wish], *, calls: Mapping[str, int] | None = None
+) -> dict[str, Kept]:
+    """What Redis has of each of *jobs*, with what was wanted of it, and how often its webhook was called."""
+    wishes = jobs if isinstance(jobs, Mapping) else dict.fromkeys(jobs, PLAIN)
     with contextlib.closing(JobClient(url)) as client, contextlib.closing(connect(url)) as server:
-        return {job_id: _read(client, server, job_id) for job_id in ids}
+        return {i: _read(client, server, i, wish, (calls or {}).get(i, 0)) for i, wish in wishes.items()}
 
 
-def _read(client: JobClient, server: RedisClient, job_id: str) -> Kept:
+def _read(client: JobClient, server: RedisClient, job_id: str, wish: Wish, calls: int) -> Kept:
     outcome = client.result(job_id)
     copy = server.get(f"{keys.CELERY_RESULT_PREFIX}{job_id}")
     stream = [fields for _, fields in server.xrange(keys.stream(job_id))] or None
@@ -221,6 +197,8 @@ def _read(client: JobClient, server: RedisClient, job_id: str) -> Kept:
         ended_at=None if finished_at is None else finished_at.timestamp(),
         stream=stream,
         told=told,
+        may_end=wish.may_end,
+        calls=calls if wish.webhook else None,
     )
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,11 +159,20 @@ def kept(text: str = "one", *, copy: str | None = None, stream: str = "", told: 
 
 
 def test_the_judge_sees_what_is_wrong() -> None:
-    """Another answer than expected, another copy than the record, a stream with two ends or none."""
+    """Another answer than expected, another copy than the record or none, an end that nobody asked for, no call."""
     assert is_wrong(kept("one"), "two")
     assert not is_wrong(kept("one"), "one")
     assert is_unlike(kept("one", copy="two"))
+    assert is_unlike(replace(kept("one"), celery=None)), "its AsyncResult would wait for ever"
     assert not is_unlike(kept("one"))
+
+    cancelled = replace(kept("one"), outcome=Outcome(job_id="a", state=JobState.CANCELLED, ledger=Ledger()))
+    assert is_unlike(cancelled)
+    assert not is_unlike(replace(cancelled, celery={"status": "REVOKED"}))
+    asked = replace(cancelled, may_end=frozenset(JobState), celery={"status": "REVOKED"})
+    assert judge({"a": replace(asked, calls=1)}, expected=None, written={"a": 1}).whole
+    assert judge({"a": replace(asked, calls=0)}, expected=None, written={"a": 1}).unheard == ["a"]
+    assert list(judge({"a": cancelled}, expected=None, written={}).unanswered) == ["a"]
 
 
 def test_the_judge_reads_the_streams() -> None:
