@@ -64,6 +64,12 @@ def test_a_thousand_mixed_jobs_run_on_their_own_models_and_none_is_lost(box: Box
     outcomes = [box.client.result(sent_job.id) for sent_job in sent]
     assert Counter(outcome.state for outcome in outcomes if outcome) == {JobState.ANSWERED: 1000}
     assert len(box.events("residency.switched")) > 3
+    served = [
+        tuple(queue for queue in event["queues"] if queue.startswith("model."))
+        for event in box.events("scheduling.serving")
+    ]
+    assert {keys.model_queue(model) for model in MODELS} == {queue for queues in served for queue in queues}
+    assert max(map(len, served)) == 1  # the consumer takes from one of them at a time, or from none
     redis = connect(box.url)
     eventually(lambda: not redis.exists(keys.UNACKED), within_s=20, what="nothing is in hand")
     assert [RedisBacklog(redis).count(keys.model_queue(model)) for model in MODELS] == [0, 0, 0]

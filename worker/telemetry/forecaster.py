@@ -45,11 +45,12 @@ class Forecaster(threading.Thread):
         self._changed = threading.Condition()
         self._due_at = self._news_at = 0.0  # monotonic: from when on one is due, with news or without
         self._scene: object = None
+        self._busy = False
         self._ending = False
 
     def is_due(self, scene: object) -> bool:
         """Is it time for the next forecast? Sooner, if the *scene* (who serves what, how much waits) is another."""
-        return self._wanted is None and time.monotonic() >= (self._due_at if scene == self._scene else self._news_at)
+        return not self._busy and time.monotonic() >= (self._due_at if scene == self._scene else self._news_at)
 
     def want(self, snapshot: Snapshot, models: Collection[str], scene: object) -> None:
         """Foresee this, and tell what concerns *models*."""
@@ -64,12 +65,12 @@ class Forecaster(threading.Thread):
                 self._changed.wait_for(lambda: self._wanted is not None or self._ending)
                 if self._ending or self._wanted is None:
                     return
-                snapshot, models = self._wanted
+                (snapshot, models), self._wanted, self._busy = self._wanted, None, True
             try:
                 self._tell(snapshot, models)
             except Exception as error:  # noqa: BLE001 - Redis away: producers hear of the next one
                 logger.warning("telemetry.no_forecast", error=f"{type(error).__name__}: {error}")
-            self._wanted = None
+            self._busy = False
 
     def _tell(self, snapshot: Snapshot, models: Collection[str]) -> None:
         began = time.monotonic()
