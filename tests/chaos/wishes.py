@@ -32,10 +32,14 @@ PLAIN = Wish()
 
 
 def wish_of(number: int) -> Wish:
-    """One job in ten is cancelled, at once to 4 s later; one in ten has 1 to 13 s; one in five has a webhook."""
+    """
+    One job in ten is cancelled, at once to 4 s later; one in ten has 1 to 13 s; two in five, these among them, a webhook.
+
+    Where one in four streams, by its number, so does half of both.
+    """
     turn = number // 10 % 5
     return Wish(
-        cancel_after_s=float(turn) if number % 10 == 3 else None,
-        deadline_s=1.0 + 3 * turn if number % 10 == 7 else None,
-        webhook=number % 5 in {1, 3},
+        cancel_after_s=float(turn) if number % 10 == 4 else None,
+        deadline_s=1.0 + 3 * turn if number % 10 == 8 else None,
+        webhook=number % 5 in {3, 4},
     )
