@@ -33,9 +33,9 @@ PLAIN = Wish()
 
 def wish_of(number: int) -> Wish:
     """
-    One job in ten is cancelled, at once to 4 s later; one in ten has 1 to 13 s; two in five, these among them, a webhook.
+    One job in ten is cancelled, at once to 4 s later; one in ten has 1 to 13 s; two in five a webhook.
 
-    Where one in four streams, by its number, so does half of both.
+    Where every fourth streams, half of both do.
     """
     turn = number // 10 % 5
     return Wish(
