@@ -52,6 +52,18 @@ def test_a_program_that_dies_is_started_again(tmp_path: Path) -> None:
     supervisor.stop()
 
 
+def test_a_program_that_left_is_not_started_again(tmp_path: Path) -> None:
+    """It ended with 0: somebody has drained it; one that failed beside it is back."""
+    leaves, fails = (
+        program(name, f"print('up', flush=True); raise SystemExit({code})") for name, code in (("l", 0), ("f", 1))
+    )
+    supervisor = Supervisor([leaves, fails], log_dir=tmp_path)
+    started(supervisor, tmp_path, "l", "f")
+    supervisor.run(until=lambda: (tmp_path / "f.log").read_text().count("up") > 1)
+    supervisor.stop()
+    assert (tmp_path / "l.log").read_text().count("up") == 1
+
+
 def test_the_last_started_is_the_first_stopped(tmp_path: Path) -> None:
     """Flower before the worker, the worker before the router: nobody loses what it stands on."""
     diary = tmp_path / "diary"
