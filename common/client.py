@@ -8,20 +8,19 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import redis
 from celery import states
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult
-from kombu.exceptions import OperationalError
 
 from common import keys
 from common.backlog import RedisBacklog
 from common.celery_app import create_producer_app
 from common.door import Door
-from common.errors import JobCancelled, NotEndedYet, RedisFull, RedisUnavailable, ShiftworkerError
+from common.errors import JobCancelled, NotEndedYet, RedisUnavailable, ShiftworkerError
 from common.estimates import Estimates
 from common.fleet import read_offers, read_statuses
 from common.job_stream import START, aread_stream, read_stream
@@ -38,13 +37,12 @@ from common.schemas import (
     Outcome,
     StreamEvent,
 )
+from common.sender import Sender
 from common.settings import Settings
-from common.transport import Channel
 from common.waiting_jobs import RedisWaitingJobs, cancelled_waiting
 
 _REACHED_S = 1.0  # after a job was taken: to send fails fast enough, without asking first
 _AT_ONCE = 200  # messages in a round trip: the first jobs are routed while the next are on their way
-_RETRY_PUBLISH = {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1.0}
 
 
 class JobClient:
@@ -67,7 +65,6 @@ class JobClient:
         if redis_url is not None:
             settings = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": redis_url})})
         self._url = settings.redis.url
-        self._broker = without_password(settings.broker.url or self._url)
         self._app = create_producer_app(settings)
         # A quarter of a submit's time; Flower hears of the job a moment later, from the router.
         self._app.conf.task_send_sent_event = False
@@ -78,6 +75,7 @@ class JobClient:
         self._estimates = Estimates(self._redis)
         self._reached_at = -_REACHED_S  # when Redis last took a job; monotonic
         self._door = Door(self._redis, settings.limit)
+        self._sender = Sender(self._app, self._store, broker=settings.broker.url or self._url)
 
     def submit(self, request: Mapping[str, Any] | JobRequest, *, job_id: str | None = None) -> str:
         """
@@ -125,50 +123,9 @@ class JobClient:
         for request in parsed:
             self._door.check(request)
         for start in range(0, len(jobs), _AT_ONCE):
-            self._send(jobs[start : start + _AT_ONCE])
+            self._sender.send(jobs[start : start + _AT_ONCE])
+            self._reached_at = time.monotonic()
         return ids
-
-    def _send(self, jobs: Sequence[tuple[str, JobRequest]]) -> None:
-        """Send a message for each of *jobs*, all in one round trip; raises RedisUnavailable, RedisFull."""
-
-        def publish() -> None:
-            channel = producer.channel  # RabbitMQ's has no way to send many in one piece
-            with channel.together() if isinstance(channel, Channel) else nullcontext():
-                for job_id, request in jobs:
-                    self._app.send_task(
-                        keys.SUBMIT_TASK,
-                        args=[request.model_dump(mode="json", exclude_none=True)],
-                        task_id=job_id,
-                        queue=keys.SUBMIT_QUEUE,
-                        producer=producer,
-                        retry=False,  # of a message; all of them together are tried again
-                        argsrepr=f"({request.kind.name.lower()}, {len(request.text)} characters)",
-                        kwargsrepr="{}",
-                    )
-
-        try:
-            for job_id, request in jobs:
-                if request.deadline is not None:  # it may pass before the router has read the job
-                    self._store.note_deadline(job_id, request.deadline)
-            with self._app.producer_or_acquire() as producer:
-                producer.connection.ensure(producer, publish, **_RETRY_PUBLISH)()
-        except (OperationalError, redis.RedisError) as error:
-            raise self._not_sent([job_id for job_id, _ in jobs], error) from error
-        self._reached_at = time.monotonic()
-
-    def _not_sent(self, job_ids: Sequence[str], error: Exception) -> ShiftworkerError:
-        what, again = "The job was", f"it again with job_id={job_ids[0]!r}"
-        if len(job_ids) > 1:
-            what, again = f"{len(job_ids)} jobs were", "them again with the same job_ids"
-        if isinstance(error.__cause__ or error, redis.exceptions.OutOfMemoryError):
-            return RedisFull(
-                f"{what} not sent: {self._broker} is full ({error}). Try again when jobs have ended and answers "
-                "have expired, or give Redis more memory (maxmemory)."
-            )
-        return RedisUnavailable(
-            f"{what} not sent: {self._broker} went away ({error}). Submit {again}: "
-            "should the first message have arrived after all, the job runs only once."
-        )
 
     def wait(self, job_id: str, timeout: float | None = None) -> Outcome:
         """
