@@ -20,9 +20,10 @@ def main(path: Path) -> None:
     """Send the jobs of the JSON lines in *path* and print each answer's model and beginning."""
     client = JobClient()  # REDIS_URL, or the default address
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    job_ids = {line["custom_id"]: client.submit(line["body"]) for line in lines}
+    job_ids = client.submit_many(line["body"] for line in lines)
 
-    for name, job_id in job_ids.items():
+    for line, job_id in zip(lines, job_ids, strict=True):
+        name = line["custom_id"]
         try:
             outcome = client.wait(job_id, timeout=TIMEOUT_S)
         except ShiftworkerError as error:
