@@ -32,6 +32,12 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+def earliest(*moments: datetime | None) -> datetime | None:
+    """Give the first of these; None is none, and a moment without a zone is UTC's, as Celery writes them."""
+    known = (moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in moments if moment is not None)
+    return min(known, default=None)
+
+
 class _Stored(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -122,14 +128,13 @@ class JobRequest(BaseModel):
         """
         Give the same job under the limits that Celery knows of its task too: the nearest of each counts.
 
-        *time_limits* in seconds, of which None and 0 are none; *expires* is a moment, without a zone UTC's.
+        *time_limits* in seconds, of which None and 0 are none; *expires* as in `earliest`.
         """
         limits = (*time_limits, self.time_limit, _LONGEST_RUN_S)
         shortest = min(limit for limit in limits if limit and limit > 0)
         changed: dict[str, Any] = {} if shortest in {self.time_limit, _LONGEST_RUN_S} else {"time_limit": shortest}
         if expires is not None:
-            moment = expires if expires.tzinfo else expires.replace(tzinfo=UTC)
-            changed["deadline"] = min(moment, self.deadline or moment)
+            changed["deadline"] = earliest(expires, self.deadline)
         return self.model_copy(update=changed) if changed else self
 
     @property

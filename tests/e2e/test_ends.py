@@ -4,6 +4,7 @@ Every way in which a job ends without an answer, through the whole system, and h
 
 from __future__ import annotations
 
+import signal
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -123,7 +124,7 @@ def test_a_deadline_ends_a_running_job(box: Box) -> None:
 
 
 def test_a_deadline_ends_a_waiting_job_when_it_passes(box: Box) -> None:
-    """Sent by name or by the client, or with Celery's `expires`; the engine is busy, and busy with another model."""
+    """Sent by name or by the client, or with Celery's `expires`, routed or not; the engine is busy with other jobs."""
     run(box)
     soon_s = 2.0
     body = {"messages": [{"role": "user", "content": "Hi"}], "model": "small", "deadline": in_s(soon_s)}
@@ -135,16 +136,30 @@ def test_a_deadline_ends_a_waiting_job_when_it_passes(box: Box) -> None:
             keys.SUBMIT_TASK, args=[{**body, "deadline": None}], queue=keys.SUBMIT_QUEUE, expires=soon_s
         ).id,
     ]
-    box.worker.container.process.send_signal(19)  # SIGSTOP: whoever sweeps, it need not be the worker
+    eventually(lambda: all(box.client.status(job_id).state is JobState.ROUTED for job_id in sent), what="all wait")
+    box.router.container.process.send_signal(signal.SIGSTOP)
+    unread = box.send("Nobody routes", model="small", deadline=in_s(soon_s)).id
     try:
-        for job_id in sent:
+        for job_id in (*sent, unread):
             outcome, _ = ended(box, job_id, within_s=soon_s + 1.5)
             assert outcome.state is JobState.EXPIRED
             assert outcome.ledger.attempt == 0
             with pytest.raises(DeadlineExceeded):
                 box.client.wait(job_id, timeout=1)
     finally:
-        box.worker.container.process.send_signal(18)
+        box.router.container.process.send_signal(signal.SIGCONT)
+
+
+def test_a_deadline_passes_also_while_the_worker_is_away(box: Box) -> None:
+    """The router looks too."""
+    run(box)
+    late = box.send("Late", model="small", deadline=in_s(2)).id
+    eventually(lambda: box.client.status(late).state is JobState.ROUTED)
+    box.worker.container.process.send_signal(signal.SIGSTOP)
+    try:
+        assert ended(box, late, within_s=3.5)[0].state is JobState.EXPIRED
+    finally:
+        box.worker.container.process.send_signal(signal.SIGCONT)
 
 
 def test_what_was_cancelled_while_it_waited_stays_so_over_a_restart(box: Box) -> None:

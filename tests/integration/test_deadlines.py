@@ -20,10 +20,11 @@ from common.errors import DeadlineExceeded, EngineNotReady
 from common.may_enter import Entry
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
-from common.schemas import JobRequest, JobState, Outcome, Route
+from common.schemas import JobRequest, JobState, Outcome, Route, utc_now
 from common.settings import LimitSettings
 from common.waiting_jobs import RedisWaitingJobs
 from worker.jobs.deadlines import DeadlineSweep
+from worker.jobs.unread import UnreadJobs
 from worker.routing.router import Router
 from worker.routing.rules_file import load_rules
 
@@ -121,6 +122,30 @@ def test_a_job_that_the_router_has_not_read_ends_too(world: World) -> None:
         world.client.wait(job_id, timeout=5)
     assert world.redis.llen(keys.SUBMIT_QUEUE) == 1
     assert not world.redis.exists(keys.DEADLINES)
+
+
+def test_a_job_that_was_sent_by_name_and_not_read_ends_too(world: World) -> None:
+    """Its deadline, or its task's `expires`, stands in its message only; each message is looked at once."""
+    unread = UnreadJobs(world.redis, world.store)
+
+    def send(**options: Any) -> str:
+        return str(world.celery.send_task(keys.SUBMIT_TASK, queue=keys.SUBMIT_QUEUE, **options).id)
+
+    for number in range(250):
+        send(args=[{**BODY, "user": f"x{number}", "deadline": None}])
+    due = [send(args=[{**BODY, "user": "u" * n, "deadline": NOW}]) for n in range(4)]  # at each place in base64
+    due += [send(kwargs={**BODY, "deadline": "1970-01-12T13:46:40Z"}), send(args=[BODY], expires=0.001)]
+    send(args=[{**BODY, "deadline": NOW + 9}], priority=9)
+    world.redis.lpush(keys.SUBMIT_QUEUE, b"\xff deadline", '{"body": "deadline"}', "[" * 9999 + "deadline")
+
+    assert unread.note_deadlines() == len(due) + 1
+    assert unread.note_deadlines() == 0
+    send(args=[{**BODY, "deadline": NOW + 9}])
+    assert unread.note_deadlines() == 1
+    world.now = utc_now().timestamp()
+    world.redis.zremrangebyscore(keys.DEADLINES, NOW + 9, NOW + 9)
+    assert world.sweep() == len(due)
+    assert {world.client.status(job_id).state for job_id in due} == {JobState.EXPIRED}
 
 
 def test_a_job_that_nobody_can_route_yet_ends_too(world: World) -> None:

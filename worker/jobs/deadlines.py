@@ -22,6 +22,7 @@ from common.redis_job_store import RedisJobStore
 from common.schemas import JobState, JobView, utc_now
 from common.waiting_jobs import Ending, RedisWaitingJobs
 from worker.jobs.failures import expired, outcome_of
+from worker.jobs.unread import UnreadJobs
 
 logger = get_logger(__name__)
 
@@ -46,6 +47,7 @@ class DeadlineSweep(threading.Thread):
         self._redis = client
         self._store = store
         self._waiting = waiting
+        self._unread = UnreadJobs(client, store)
         self._clock = clock
         self._ending = threading.Event()
 
@@ -53,6 +55,7 @@ class DeadlineSweep(threading.Thread):
         """Sweep again and again; an unreachable Redis costs a sweep, never the thread."""
         while not self._ending.wait(_LOOK_EVERY_S):
             try:
+                self._unread.note_deadlines()
                 while self.sweep() == _AT_ONCE:
                     pass
             except (redis.RedisError, OSError) as error:
