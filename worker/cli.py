@@ -278,9 +278,21 @@ def _plan_live(settings: Settings, costs_file: Path, max_wait_s: float, *, as_js
 
 
 @app.command()
-def status(*, as_json: Json = False) -> None:
-    """Show how every worker is: cards, residents, queues, last switches, alerts."""
+def status(
+    job: Annotated[str | None, typer.Argument(help="A job's id: how it is, and when it will have ended.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show how every worker is: cards, residents, queues, last switches, alerts. Or how one job is."""
     settings = _settings()
+    if job is not None:
+        with _client(settings) as producer:
+            view = producer.status(job)
+        if as_json:
+            _print_json(view.model_dump(mode="json"))
+        else:
+            _out.print(show.job_lines(view), highlight=False)
+        return
     client = connect(settings.redis.url)
     ping(client, settings.redis.url)
     statuses = read_statuses(client)
@@ -299,8 +311,8 @@ def status(*, as_json: Json = False) -> None:
         _out.print("No worker is alive. Start one with `shiftworker worker` or `shiftworker up`.")
     if away:
         _out.print(f"Away: {', '.join(away)}", style="yellow")
-    for model, waiting in unserved.items():
-        _out.print(f"No worker that is alive serves {escape(model)}: {waiting} jobs wait", style="yellow")
+    for model, count in unserved.items():
+        _out.print(f"No worker that is alive serves {escape(model)}: {count} jobs wait", style="yellow")
     if set_aside:
         _out.print(f"{set_aside} jobs are set aside; `shiftworker dead list` says why", style="yellow")
     _out.print(f"{unrouted} jobs wait for the router")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from common.schemas import GpuStatus, HardwareStatus, SwitchRecord
+from common.schemas import GpuStatus, HardwareStatus, JobState, JobView, SwitchRecord
 from worker.hardware.gpu import Machine
 from worker.memory.case import Answer
 from worker.memory.measured import Measurement
@@ -39,6 +39,20 @@ def machine_line(machine: Machine) -> str:
     cards = ", ".join(f"{gpu.name} {gib(gpu.total_bytes)} ({gib(gpu.free_bytes)} free)" for gpu in machine.gpus)
     host = f"{machine.cpu_count} cores, {gib(machine.ram_total_bytes)} RAM ({gib(machine.ram_available_bytes)} free)"
     return f"{cards or 'no GPU'}; {host}; read by {machine.source}"
+
+
+def job_lines(view: JobView) -> str:
+    """How a job is: its state and model, what is before it, and when it will have ended."""
+    where, why = f" on {view.model}" if view.model else "", f": {view.why}" if view.why else ""
+    lines = [f"{view.job_id} is {view.state}{where}{why}"]
+    if view.ahead is not None:
+        lines.append(f"{view.ahead} jobs of its model are served before it")
+    if (finish := view.finish) is not None:
+        switches = f", {finish.switches} switches before it" if finish.switches else ""
+        lines.append(f"ends in {finish.low_s:,.0f} to {finish.high_s:,.0f} s, 8 of 10 times{switches}")
+    elif view.state in (JobState.QUEUED, JobState.ROUTED, JobState.RUNNING):
+        lines.append("nobody knows yet when it ends")
+    return escape("\n".join(lines))
 
 
 def choice_table(choice: Choice, measured: Measured) -> Table:

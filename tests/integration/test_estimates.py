@@ -5,6 +5,7 @@ What producers are told of the end of their jobs, on a real Redis: the place in 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from typer.testing import CliRunner
 
 from common import JobClient, JobState, keys
 from common.backlog import Place, RedisBacklog
@@ -22,6 +24,7 @@ from common.redis_job_store import RedisJobStore
 from common.schemas import Forecast, Foreseen, JobRequest, ModelPace, Offer, OfferedModel, Outcome, Route, utc_now
 from common.settings import Settings
 from tests.traces import make_costs
+from worker.cli import app as command
 from worker.simulate.forecast import Snapshot
 from worker.state.backlog import Backlog, Lane, Waiting
 from worker.tasks import _generate_signature, add_generate_task
@@ -93,6 +96,22 @@ def test_a_job_is_told_by_its_place(
     store.finish(Outcome(job_id="job 3", state=JobState.ANSWERED))
     assert client.estimate("job 3") is None
     assert client.estimate("nobody has seen this id") is None
+
+
+def test_the_command_line_tells_of_a_job(app: Celery, store: RedisJobStore, redis_client: RedisClient) -> None:
+    """Its place and its range, or that nobody knows."""
+    send(app, store, "one")
+    send(app, store, "two")
+    unknown = CliRunner().invoke(command, ["status", "two"])
+    assert "two is routed on m: easy" in unknown.output
+    assert "nobody knows yet when it ends" in unknown.output
+
+    publish_to(redis_client)([forecast("m", 10, 20)])
+    known = CliRunner().invoke(command, ["status", "two"])
+    assert "1 jobs of its model are served before it" in known.output
+    assert "ends in 11 to 21 s, 8 of 10 times, 1 switches before it" in known.output
+    as_json = json.loads(CliRunner().invoke(command, ["status", "two", "--json"]).stdout)
+    assert (as_json["ahead"], as_json["finish"]["high_s"]) == (1, 21)
 
 
 def test_a_request_is_told_before_it_is_sent(
