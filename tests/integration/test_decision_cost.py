@@ -9,7 +9,7 @@ import time
 import pytest
 from celery import Celery
 
-from bench.decision_time import MODELS, commands, decide, fill
+from bench.decision_time import MODELS, commands, cpu_s, decide, fill
 from common import keys
 from common.backlog import RedisBacklog
 from common.celery_app import create_app
@@ -29,7 +29,7 @@ def app(monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Celery:
 
 
 def test_a_decision_and_a_job_cost_the_same_at_100_000_jobs(app: Celery, redis_client: RedisClient) -> None:
-    """As many commands in Redis as with 1,000 jobs; and look and decision take less than 5 ms if nobody disturbs."""
+    """As many commands in Redis as with 1,000 jobs; and look and decision take less than 5 ms of CPU, Redis's too."""
     found: dict[int, tuple[int, int]] = {}
     for jobs in (1_000, 100_000):
         redis_client.flushall()
@@ -43,7 +43,10 @@ def test_a_decision_and_a_job_cost_the_same_at_100_000_jobs(app: Celery, redis_c
         found[jobs] = (decided - before, commands(redis_client) - decided)
 
     assert found[100_000] == found[1_000]
-    assert min(sum(decide(redis_client, now=time.time())) for _ in range(50)) < 0.005
+    before = cpu_s(redis_client)
+    for _ in range(50):
+        decide(redis_client, now=time.time())
+    assert (cpu_s(redis_client) - before) / 50 < 0.005
 
 
 def pass_one_job(app: Celery, job_id: str) -> None:

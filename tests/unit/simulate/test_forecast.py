@@ -63,6 +63,17 @@ def noisy(world: World, spread: float) -> World:
     return World(jobs=sized, costs=world.costs)
 
 
+def traffic_of(world: World) -> dict[str, Traffic]:
+    """What comes of each model on average, of jobs of usual size."""
+    seconds = world.jobs[-1].arrival_s
+    return {
+        model: Traffic(
+            per_s=sum(job.model == model for job in world.jobs) / seconds, prompt_tokens=100, output_tokens=100
+        )
+        for model in world.costs
+    }
+
+
 class Asked:
     """How many of the jobs that were asked for ended within the range that a producer is told."""
 
@@ -101,14 +112,7 @@ def test_the_range_holds_while_jobs_keep_coming() -> None:
     asked = Asked()
     for seed in range(5):
         world = noisy(make_world(seed, "steady", count=300), 0.5)
-        seconds = world.jobs[-1].arrival_s
-        traffic = {
-            model: Traffic(
-                per_s=sum(job.model == model for job in world.jobs) / seconds, prompt_tokens=100, output_tokens=100
-            )
-            for model in world.costs
-        }
-        asked.ask(world, world.run(), world.jobs[150].arrival_s, traffic=traffic)
+        asked.ask(world, world.run(), world.jobs[150].arrival_s, traffic=traffic_of(world))
     assert asked.jobs > 25
     assert asked.inside / asked.jobs >= 0.75
 
