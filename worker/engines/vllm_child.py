@@ -32,7 +32,6 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -42,11 +41,6 @@ from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 from worker.engines import vllm_sleep
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 from worker.engines.vllm_routes import answer_directly
-
-if current_platform.is_cpu():
-    pass
-else:
-    pass
 
 _PARSER = make_arg_parser(FlexibleArgumentParser())
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
