@@ -49,6 +49,7 @@ logger = get_logger(__name__)
 
 _SWITCHES_SHOWN = 10
 _SELDOM_BUSY_ERROR = 0.2  # of the pace of a model that was never seen with all its places taken, for a while
+_FEW = 4  # jobs that may come without being news
 _HEARS_EVERY_S = 5.0  # what other workers measure, and tells what this one does
 
 
@@ -107,6 +108,8 @@ class WorkerWorld:
         self._arrivals = Arrivals()
         self._others: Mapping[str, Sequence[str]] = {}  # worker -> what it serves or loads
         self._heard_at = 0.0
+        self._foretold: Mapping[str, int] = {}  # model -> jobs that waited at the last forecast ...
+        self._scene: object = None  # ... and who served what
         self._one_publisher = threading.Lock()  # the heart publishes, and so does the switch lane at each stage
         self.stopping = False
 
@@ -194,9 +197,10 @@ class WorkerWorld:
         for resident in residency.residents:
             ever[resident.model_id] = ever.get(resident.model_id, 0) + resident.in_flight
         self._arrivals.look({m: backlog.count(m) + ever.get(m, 0) for m in self._needs}, now=now)
-        sizes = tuple(backlog.count(model).bit_length() for model in self._needs)  # as many again is news
-        scene = residency.ready_models, residency.switching, self._others, sizes
-        if not self._forecaster.is_due(scene):
+        counts = {model: backlog.count(model) for model in self._needs}
+        scene = residency.ready_models, residency.switching, self._others
+        grown = any(count > 2 * self._foretold.get(model, 0) + _FEW for model, count in counts.items())
+        if not self._forecaster.is_due(news=grown or scene != self._scene):
             return
         priced = price_backlog(backlog, known.paces, residency)
         if not priced.costs:
@@ -214,7 +218,8 @@ class WorkerWorld:
             spread={m: found.deviation_s / found.run_s for m, found in measured.items() if found.run_s},
         )
         ours = [m for m in priced.costs if residency.ready(m) or not known.elsewhere.get(m)]
-        self._forecaster.want(snapshot, ours, scene)
+        self._forecaster.want(snapshot, ours)
+        self._foretold, self._scene = counts, scene
 
     def stop_cancelled_jobs(self) -> None:
         """See World."""

@@ -177,8 +177,8 @@ def test_the_forecaster_tells_what_it_was_given_last(redis_client: RedisClient) 
         now=utc_now().timestamp(), max_wait_s=600, min_turn_s=30, costs={"m": make_costs(), "n": make_costs()},
         backlog=Backlog(by_model={"m": Waiting(count=3, oldest_at=None, lanes=lanes)}), usual_s={"m": 1.0, "n": 1.0},
     )  # fmt: skip
-    assert forecaster.is_due("scene")
-    forecaster.want(snapshot, ["m"], "scene")
+    assert forecaster.is_due(news=False)
+    forecaster.want(snapshot, ["m"])
     assert told.wait(30)
     found = Forecast.model_validate_json(redis_client.hget(keys.FORECASTS, "m") or "")
     assert [point.ahead for point in found.points] == [0, 1, 2]
@@ -186,7 +186,7 @@ def test_the_forecaster_tells_what_it_was_given_last(redis_client: RedisClient) 
     assert redis_client.hkeys(keys.FORECASTS) == ["m"]
     forecaster.end()
     assert not forecaster.is_alive()
-    assert not forecaster.is_due("scene")  # it rests
+    assert not forecaster.is_due(news=False)  # it rests
 
 
 def test_a_forecaster_outlives_a_redis_that_is_away() -> None:
@@ -200,7 +200,7 @@ def test_a_forecaster_outlives_a_redis_that_is_away() -> None:
     forecaster = Forecaster("w", publish)
     forecaster.start()
     for _ in range(2):
-        forecaster.want(Snapshot(now=0, backlog=Backlog(), costs={}, max_wait_s=1, min_turn_s=1), [], None)
+        forecaster.want(Snapshot(now=0, backlog=Backlog(), costs={}, max_wait_s=1, min_turn_s=1), [])
         assert tries.acquire(timeout=30)
     forecaster.end()
 

@@ -18,7 +18,7 @@ from worker.simulate.tell import tell_forecast
 logger = get_logger(__name__)
 
 _SHARE = 30  # a forecast is followed by so many times its own time of rest: it takes 3 % of one core
-_SHARE_OF_NEWS = 5  # likewise, if what it began with has changed much
+_SHARE_OF_NEWS = 10  # likewise, where there are news
 _NEWS_S = 0.2  # at least, then
 _REST_S = 1.0  # at least, while jobs wait
 _IDLE_S = 5.0  # likewise, while none does
@@ -44,18 +44,17 @@ class Forecaster(threading.Thread):
         self._wanted: tuple[Snapshot, Collection[str]] | None = None
         self._changed = threading.Condition()
         self._due_at = self._news_at = 0.0  # monotonic: from when on one is due, with news or without
-        self._scene: object = None
         self._busy = False
         self._ending = False
 
-    def is_due(self, scene: object) -> bool:
-        """Is it time for the next forecast? Sooner, if the *scene* (who serves what, how much waits) is another."""
-        return not self._busy and time.monotonic() >= (self._due_at if scene == self._scene else self._news_at)
+    def is_due(self, *, news: bool) -> bool:
+        """Is it time for the next forecast? Sooner, if there are *news*: much is not as it was in the last one."""
+        return not self._busy and time.monotonic() >= (self._news_at if news else self._due_at)
 
-    def want(self, snapshot: Snapshot, models: Collection[str], scene: object) -> None:
+    def want(self, snapshot: Snapshot, models: Collection[str]) -> None:
         """Foresee this, and tell what concerns *models*."""
         with self._changed:
-            self._wanted, self._scene = (snapshot, models), scene
+            self._wanted = snapshot, models
             self._changed.notify()
 
     def run(self) -> None:
