@@ -95,7 +95,7 @@ class JobClient:
         RedisFull
             Redis has no memory for it; nothing was sent.
         """
-        (sent,) = self.submit_many([request], job_ids=None if job_id is None else [job_id])
+        (sent,) = self.submit_many([request], job_ids=[job_id] if job_id else None)
         return sent
 
     def submit_many(
