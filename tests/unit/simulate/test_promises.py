@@ -5,14 +5,18 @@ What the worker's decision promises, on made-up traces: the bound, the makespan,
 from __future__ import annotations
 
 import random
+from bisect import insort
 from functools import cache
 from heapq import heappop, heappush
+from itertools import accumulate, permutations, product
+from statistics import mean
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.traces import KINDS, MAX_WAIT_S, World, make_costs, make_job, make_starvation, make_world
+from worker.simulate.costs import ModelCosts
 from worker.simulate.policies import PolicyName
 from worker.simulate.report import Report
 from worker.simulate.trace import TracedJob
@@ -103,32 +107,57 @@ def test_urgency_does_not_drown_a_worker() -> None:
     assert ours.deadline_misses <= plain.deadline_misses
 
 
+class Work:
+    """The jobs of one model, and the least time that its engine needs for them, in however many turns."""
+
+    def __init__(self, cost: ModelCosts) -> None:
+        self._cost = cost
+        self._reading, self._whole, self._longest = 0.0, 0.0, 0.0
+        self._first_readings: list[float] = []  # the shortest, as many as there are places but one
+        self._long_ones: list[float] = []  # the longest jobs, one more than there are places
+
+    def add(self, job: TracedJob) -> None:
+        places = self._cost.max_num_seqs
+        reading = job.prompt_tokens / self._cost.prefill_tokens_per_s
+        takes = reading + job.output_tokens / self._cost.decode_tokens_per_s
+        self._reading += reading
+        self._whole += takes
+        self._longest = max(self._longest, takes)
+        insort(self._first_readings, reading)
+        del self._first_readings[places - 1 :]
+        insort(self._long_ones, takes)
+        del self._long_ones[: -places - 1]
+
+    def least_s(self) -> float:
+        """
+        The largest of four bounds: all prompts are read one after the other; the longest job; of one job more than
+        there are places, the two shortest share one; all places work from the start, the next one beginning when one
+        prompt more has been read, until the end.
+        """
+        places = self._cost.max_num_seqs
+        begun_late = sum(accumulate(self._first_readings)) if len(self._long_ones) > places else 0.0
+        shared = sum(self._long_ones[:2]) if len(self._long_ones) > places else 0.0
+        return max(self._reading, self._longest, shared, (self._whole + begun_late) / places)
+
+
 def lower_bound_s(world: World) -> float:
     """
     No schedule ends sooner, whatever it knows; seconds from the first arrival.
 
-    The engine's time for a set of jobs of one model is at least that of reading their prompts one after the other,
-    that of all places working all the time, and that of the longest job. One model is ready at a time and a switch
-    waits for the jobs in flight, so the times of several models add up, and so do their switches: the first load of
-    each for all jobs together; for the jobs that come at or after a moment, that moment, their time, and a wake of
-    all their models but one.
+    One model is ready at a time and a switch waits for the jobs in flight: put together, all turns of a model are one
+    run of its jobs on its places, and the times of several models add up. So do their switches: the first load of each
+    for all jobs together; for the jobs that come at or after a moment, that moment, their time, and a wake of all
+    their models but one.
     """
-    work = {model: [0.0, 0.0, 0.0] for model in world.costs}
+    work = {model: Work(cost) for model, cost in world.costs.items()}
     seen: set[str] = set()
     latest = 0.0
 
     def total_s() -> float:
-        return sum(
-            max(reading, whole / world.costs[model].max_num_seqs, longest)
-            for model, (reading, whole, longest) in work.items()
-        )
+        return sum(work[model].least_s() for model in seen)
 
     for job in reversed(world.jobs):
-        cost = world.costs[job.model]
-        reading = job.prompt_tokens / cost.prefill_tokens_per_s
-        whole = reading + job.output_tokens / cost.decode_tokens_per_s
-        sums = work[job.model]
-        work[job.model] = [sums[0] + reading, sums[1] + whole, max(sums[2], whole)]
+        work[job.model].add(job)
         seen.add(job.model)
         wakes = sorted(min(world.costs[model].wake_s, world.costs[model].load_s) for model in seen)
         latest = max(latest, job.arrival_s + sum(wakes[:-1]) + total_s())
@@ -141,7 +170,7 @@ def test_the_makespan_is_near_the_lower_bound(kind: str) -> None:
     At most a tenth above what no schedule can beat, for up to four jobs at once and traces that are not short.
 
     At the end of a trace, a schedule that knows the future waits where we switch. With many jobs at once, each turn
-    ends with places that fall empty one by one, which the lower bound does not count.
+    ends with places that fall empty one by one: the bound holds for orders that avoid it, ours is that of arrival.
     """
     for seed in SEEDS:
         world = make_world(seed, kind, count=2000)
@@ -184,6 +213,39 @@ def test_jobs_that_are_there_at_once_end_as_soon_as_they_can(seed: int) -> None:
         world.costs[model] = world.costs[model].model_copy(update={"max_num_seqs": 1})
 
     assert world.report(max_wait_s=1e6).makespan_s == pytest.approx(best_makespan_s(world))
+
+
+def best_turn_s(cost: ModelCosts, jobs: list[TracedJob]) -> float:
+    """Search every order in which the jobs of one turn can start on its places."""
+
+    def takes_s(order: tuple[TracedJob, ...]) -> float:
+        free, read_at = [0.0] * cost.max_num_seqs, 0.0
+        for job in order:
+            read_at = max(read_at, heappop(free)) + job.prompt_tokens / cost.prefill_tokens_per_s
+            heappush(free, read_at + job.output_tokens / cost.decode_tokens_per_s)
+        return max(free)
+
+    return min(takes_s(order) for order in permutations(jobs))
+
+
+def test_jobs_with_several_places_end_near_the_best() -> None:
+    """
+    Against all orders within each turn, on 24 traces of up to 14 jobs: 2 % above the best in the mean, 16 % at worst.
+
+    Ours is the order of arrival: the last jobs of a turn may be long ones, while other places are empty already.
+    """
+    ratios = []
+    for seed, places in product(range(12), (2, 3)):
+        world = make_world(seed, "at once", count=14)
+        queues = {model: [job for job in world.jobs if job.model == model][:7] for model in world.costs}
+        jobs = [job for some in queues.values() for job in some]
+        costs = {model: cost.model_copy(update={"max_num_seqs": places}) for model, cost in world.costs.items()}
+        best = sum(costs[model].load_s + best_turn_s(costs[model], some) for model, some in queues.items() if some)
+        ratios.append(World(jobs=jobs, costs=costs).report(max_wait_s=1e6).makespan_s / best)
+
+    assert min(ratios) >= 1 - 1e-9
+    assert mean(ratios) <= 1.03
+    assert max(ratios) <= 1.16
 
 
 feasible = st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 6000, width=16)), min_size=1, max_size=60)
