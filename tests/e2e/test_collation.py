@@ -57,16 +57,16 @@ def job(box: Box, model: str, text: str) -> Signature:
 
 
 def test_drafts_on_one_model_and_judges_on_another_load_each_once(box: Box) -> None:
-    """Thirty chains that begin on one model and end on another, and jobs of a third beside them."""
+    """Thirty chains that begin on one model and end on another, and jobs of a third, which is ready, before them."""
     first = next(iter(loads(box)))
     second, third = sorted(set(MODELS) - {first})
-    chains = group(chain(job(box, first, f"draft {n}"), job(box, second, f"judge {n}")) for n in range(30))
-    beside = group(job(box, third, f"beside {n}") for n in range(20))
-    sent: list[Any] = [chains.apply_async(), beside.apply_async()]
-    judged, done = (each.get(timeout=120) for each in sent)
+    before = group(job(box, first, f"before {n}") for n in range(20))
+    chains = group(chain(job(box, second, f"draft {n}"), job(box, third, f"judge {n}")) for n in range(30))
+    sent: list[Any] = [before.apply_async(), chains.apply_async()]
+    done, judged = (each.get(timeout=120) for each in sent)
 
-    assert [result["ledger"]["model"] for result in judged] == [second] * 30
-    assert [result["ledger"]["model"] for result in done] == [third] * 20
+    assert [result["ledger"]["model"] for result in done] == [first] * 20
+    assert [result["ledger"]["model"] for result in judged] == [third] * 30
     assert loads(box) == dict.fromkeys(MODELS, 1)
 
 

