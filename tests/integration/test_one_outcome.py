@@ -47,7 +47,8 @@ class Parts:
         self.redis = connect(url)
         self.client = JobClient(url)
         self.app = create_app(Settings.from_env(), owner=OWNER)
-        self.channel = self.app.connection_for_write().default_channel
+        self.connection = self.app.connection_for_write()
+        self.channel = self.connection.default_channel
         self.store = RedisJobStore(self.redis, ttl_s=TTL_S)
         gate = Gate(limits=LimitSettings(tenant_jobs=4), egress=EgressSettings(), webhooks=False)
         router = Router(store=self.store, offers=lambda: [SMALL], rules=load_rules(), gate=gate)
@@ -56,6 +57,7 @@ class Parts:
         self.waiting = RedisWaitingJobs(self.redis, ttl_s=TTL_S)
 
     def close(self) -> None:
+        self.connection.close()
         self.client.close()
         self.app.close()
 
