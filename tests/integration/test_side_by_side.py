@@ -19,7 +19,7 @@ from worker.memory.estimate import MemoryEstimate
 from worker.residency.plan import fitting_beside
 from worker.residency.run import needs_of
 from worker.runtime import Runtime
-from worker.scheduling.pick import Turn
+from worker.scheduling.pick import Knowledge, Turn
 from worker.state.backlog import Backlog, Waiting
 from worker.state.residency import Level, Residency
 
@@ -54,6 +54,7 @@ class World:
         self.runtime = Runtime(
             self,
             models=list(SIZES),
+            larger={},
             starting="a",
             max_wait_s=600,
             min_turn_s=30,
@@ -73,7 +74,10 @@ class World:
         needs = {name: needs_of(placement) for name, placement in self.box.placements.items()}
         return replace(residency, beside=fitting_beside(residency, needs))
 
-    def ask_for_switch(self, turn: Turn) -> None:
+    def knowledge(self, *_: Any, **__: Any) -> Knowledge:
+        return Knowledge()
+
+    def ask_for_switch(self, turn: Turn, _residency: Residency) -> None:
         assert turn.model_id is not None
         assert self.box.switch(turn.model_id).outcome == "ready"
         self.switches.append(turn.model_id)
