@@ -32,6 +32,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -41,9 +42,11 @@ from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 from worker.engines import vllm_sleep
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 from worker.engines.vllm_routes import answer_directly
+from worker.engines.whole_answers import WholeAnswers
 
 _PARSER = make_arg_parser(FlexibleArgumentParser())
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_TOLD_STEP_BY_STEP = ("logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids")
 _LOST = 70  # exit code: the engine's loop failed, its log says why (EX_SOFTWARE)
 
 Send = Callable[[Frame], None]
@@ -132,6 +135,7 @@ class _Core(InprocClient):
         self._loop = asyncio.get_running_loop()
         self._orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._whole = WholeAnswers()  # the engine's thread alone touches it
         self.resources = _Resources()
         threading.Thread(target=self._run, name="engine-core", daemon=True).start()
 
@@ -157,12 +161,23 @@ class _Core(InprocClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Hand a request to the engine; what is wrong with it is raised here."""
         prepared, wave = self.engine_core.preprocess_add_request(request)
-        self._orders.put(lambda: self.engine_core.add_request(prepared, wave))
+
+        def add() -> None:
+            if _wants_only_the_end(request):
+                self._whole.expect(request.request_id)
+            self.engine_core.add_request(prepared, wave)
+
+        self._orders.put(add)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Have the engine forget these requests before its next step."""
+
+        def abort() -> None:
+            self._whole.forget(request_ids)
+            self.engine_core.abort_requests(request_ids)
+
         if request_ids:
-            self._orders.put(lambda: self.engine_core.abort_requests(request_ids))
+            self._orders.put(abort)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """Wait for what a step gave."""
@@ -219,7 +234,21 @@ class _Core(InprocClient):
         outputs, executed = self.engine_core.step_fn()
         self.engine_core.post_step(executed)
         if outputs:
-            self._loop.call_soon_threadsafe(self._outputs.put_nowait, outputs[0])  # 0: the one client
+            step = outputs[0]  # 0: the one client
+            step.outputs = self._whole.join(step.outputs)
+            if step.outputs:
+                self._loop.call_soon_threadsafe(self._outputs.put_nowait, step)
+
+
+def _wants_only_the_end(request: EngineCoreRequest) -> bool:
+    """Is nothing to be said, looked at or decided before this request has its last token?"""
+    params = request.sampling_params
+    return (
+        params is not None
+        and params.output_kind == RequestOutputKind.FINAL_ONLY
+        and not params.stop
+        and all(getattr(params, name, None) is None for name in _TOLD_STEP_BY_STEP)
+    )
 
 
 class _Resources:
