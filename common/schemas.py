@@ -544,6 +544,13 @@ class QueueStatus(_Stored):
     oldest_s: float | None = Field(description="how long the job at the head has waited")
 
 
+class TurnStatus(_Stored):
+    """Whose jobs should run now."""
+
+    model: str | None
+    why: str
+
+
 class HardwareStatus(_Stored):
     """What a worker publishes every few seconds and at each stage of a switch."""
 
@@ -559,6 +566,7 @@ class HardwareStatus(_Stored):
     switching_to: str | None
     residents: tuple[ResidentStatus, ...]
     backlog: dict[str, QueueStatus]
+    turn: TurnStatus | None = Field(default=None, description="whose turn it is, and why")
     switches: tuple[SwitchRecord, ...] = Field(description="the last ones, newest first")
     switch_times: tuple[SwitchTime, ...] = Field(default=(), description="what each kind of switch takes here")
     alerts: tuple[str, ...]

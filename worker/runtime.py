@@ -82,7 +82,9 @@ class World(Protocol):
         """Tell producers when the waiting jobs will end, in the background."""
         ...
 
-    def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
+    def publish(
+        self, machine: Machine, residency: Residency, backlog: Backlog, *, turn: Turn, now: float
+    ) -> HardwareStatus:
         """Tell the outside how things are."""
         ...
 
@@ -144,7 +146,7 @@ class Runtime:
         )
 
         if self._status_is_due(residency, now):
-            self._world.publish(self._world.machine(), residency, backlog, now=now)
+            self._world.publish(self._world.machine(), residency, backlog, turn=turn, now=now)
             self._published = (residency, now)
         return turn
 

@@ -164,6 +164,8 @@ def status_panel(status: HardwareStatus) -> Panel:
     parts += [
         f"{model}: {queue.waiting} waiting, oldest {queue.oldest_s or 0:.0f} s" for model, queue in waiting.items()
     ]
+    if waiting and status.turn is not None and status.turn.model is not None:
+        parts.append(f"the turn is {escape(status.turn.model)}'s: {escape(status.turn.why)}")
     parts += [f"[yellow]{escape(alert)}[/]" for alert in status.alerts]
     if status.switches:
         parts.append(switch_table(status.switches))

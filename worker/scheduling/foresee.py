@@ -140,7 +140,7 @@ def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Fores
     return Foreseen(tuple(late), slack)
 
 
-_LITTLE = 0.05  # of the bound: who is late by no more is on time; the promise allows the jobs in flight and a switch
+LITTLE = 0.05  # of the bound: who is late by no more is on time; the promise allows the jobs in flight and a switch
 _MUCH = 0.1  # or who is late by no more than this share of what it would be otherwise
 
 
@@ -151,6 +151,6 @@ def is_better(other: Foreseen, than: Foreseen) -> bool:
     What is late either way is no reason: an overload must not only switch.
     """
     for mine, its in zip(other.late, than.late, strict=True):
-        if mine != its and min(mine, its) <= max(_LITTLE, _MUCH * max(mine, its)):
+        if mine != its and min(mine, its) <= max(LITTLE, _MUCH * max(mine, its)):
             return mine < its
     return False

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.keys import PRIORITY_STEPS
-from worker.scheduling.foresee import Foreseen, Load, foresee, is_better, weigh
+from worker.scheduling.foresee import LITTLE, Foreseen, Load, foresee, is_better, weigh
 from worker.state.backlog import Backlog
 from worker.state.pace import Pace
 from worker.state.residency import Level, Residency, Resident
@@ -29,6 +29,7 @@ class Turn:
     model_id: str | None
     reason: str
     until: float | None = None  # Unix seconds: look again then, though nothing has happened; None = no need
+    overload: str | None = None  # that jobs will be late in any order; None = nothing of that kind is foreseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,8 @@ def pick_turn(
             return _turn(load, f"its turn began {now - since:.0f} s ago", until=until)
 
     if not absent:
-        return _turn(at_work[0], f"{at_work[0].count} of its jobs wait and it is ready")
+        why = f"{at_work[0].count} of its jobs wait and it is ready"
+        return _turn(at_work[0], why, overload=_overload(foresee(at_work, now=now)))
     if not at_work:
         return _next_turn(absent, now, max_wait_s)
     return _stay_or_leave(at_work, absent, ready[at_work[0].model_id], now=now, max_wait_s=max_wait_s)
@@ -130,13 +132,13 @@ def pick_turn(
 def _next_turn(absent: Sequence[Load], now: float, max_wait_s: float) -> Turn:
     """Choose where no model that is ready has jobs."""
     # (4) The bound and the deadlines.
-    if len(absent) > 1:
-        due, go, stay = _foresee_both((), absent, now, 0.0)
-        if due is not absent[0] and is_better(go, stay):
-            return _due_turn(due, go, now, max_wait_s)
+    due, go, stay = _foresee_both((), absent, now, 0.0)
+    if due is not absent[0] and is_better(go, stay):
+        return _due_turn(due, go, now, max_wait_s)
 
     # (7) The class, then the wait.
-    return _turn(absent[0], f"{absent[0].count} of its jobs wait, none for what is ready")
+    why = f"{absent[0].count} of its jobs wait, none for what is ready"
+    return _turn(absent[0], why, overload=_overload(go, stay))
 
 
 def _stay_or_leave(
@@ -172,8 +174,8 @@ def _stay_or_leave(
             return _turn(other, f"{other.count} short jobs wait: serving them first costs {current.model_id} little")
         if _is_kept_away(other, current, drain_s, lasted_s, now):
             return _turn(other, f"a job has waited {now - other.oldest_at:.0f} s, all of {current.model_id} came later")
-    overload = "; overload: some job will be late in any order" if any(stay.late) and not presses else ""
-    return _turn(current, f"{current.count} of its jobs wait and it is ready{overload}", until=until)
+    why = f"{current.count} of its jobs wait and it is ready"
+    return _turn(current, why, until=until, overload=_overload(go, stay))
 
 
 def _falls_behind(loads: Sequence[Load], now: float) -> bool:
@@ -198,8 +200,8 @@ def _by_due(load: Load) -> tuple[float, str]:
     return load.due_at, load.model_id
 
 
-def _turn(load: Load, reason: str, *, until: float | None = None) -> Turn:
-    return Turn(model_id=load.model_id, reason=reason, until=until)
+def _turn(load: Load, reason: str, *, until: float | None = None, overload: str | None = None) -> Turn:
+    return Turn(model_id=load.model_id, reason=reason, until=until, overload=overload)
 
 
 def _idle_turn(ready: Sequence[str], starting: str | None) -> Turn:
@@ -247,5 +249,12 @@ def _due_turn(due: Load, go: Foreseen, now: float, max_wait_s: float) -> Turn:
         why = f"a job should start within {max(0.0, due.due_at - now):.0f} s"
     else:
         why = f"a job has waited {now - due.oldest_at:.0f} s, the bound is {max_wait_s:.0f} s"
-    others_late = go.late > foresee([due], now=now).late
-    return _turn(due, f"{why}; overload: others will be late" if others_late else why)
+    return _turn(due, why, overload=_overload(go))
+
+
+def _overload(*orders: Foreseen) -> str | None:
+    """Say by how much jobs will be late in each of these orders of turns; None if one of them is on time."""
+    late = max(min(one) for one in zip(*(order.late for order in orders), strict=True))
+    if not LITTLE < late < math.inf:  # without end is what nobody has measured
+        return None
+    return f"some jobs will be late by {late:.0%} of their bound, whichever model comes first"

@@ -7,8 +7,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from common.schemas import GpuStatus, HardwareStatus, QueueStatus, ResidentStatus, SwitchRecord, SwitchTime, WorkerState
+from common.schemas import (
+    GpuStatus,
+    HardwareStatus,
+    QueueStatus,
+    ResidentStatus,
+    SwitchRecord,
+    SwitchTime,
+    TurnStatus,
+    WorkerState,
+)
 from worker.hardware.gpu import Gpu, Machine
+from worker.scheduling.pick import Turn
 from worker.state.backlog import Backlog
 from worker.state.residency import Residency
 
@@ -23,6 +33,7 @@ def summarize(
     max_temperature_c: float,
     stopping: bool,
     now: float,
+    turn: Turn | None = None,
     switch_times: Sequence[SwitchTime] = (),
     cloud_alerts: Sequence[str] = (),
 ) -> HardwareStatus:
@@ -57,9 +68,10 @@ def summarize(
             )
             for model, waiting in sorted(backlog.by_model.items())
         },
+        turn=None if turn is None else TurnStatus(model=turn.model_id, why=turn.reason),
         switches=tuple(switches),
         switch_times=tuple(switch_times),
-        alerts=(*_alerts(machine, residency, max_temperature_c, now), *cloud_alerts),
+        alerts=(*_alerts(machine, residency, max_temperature_c, turn, now), *cloud_alerts),
     )
 
 
@@ -74,7 +86,9 @@ def _state(residency: Residency, backlog: Backlog, switches: Sequence[SwitchReco
     return WorkerState.SERVING if busy else WorkerState.IDLE
 
 
-def _alerts(machine: Machine, residency: Residency, max_temperature_c: float, now: float) -> tuple[str, ...]:
+def _alerts(
+    machine: Machine, residency: Residency, max_temperature_c: float, turn: Turn | None, now: float
+) -> tuple[str, ...]:
     hot = (
         f"card {gpu.index} is at {gpu.temperature_c:.0f} C: no model is loaded above {max_temperature_c:.0f} C"
         for gpu in machine.gpus
@@ -98,7 +112,8 @@ def _alerts(machine: Machine, residency: Residency, max_temperature_c: float, no
         f"{model} is put to sleep no more at level {level}: {reason}"
         for (model, level), reason in sorted(residency.banned.items())
     )
-    return (*hot, *quarantined, *smaller, *unfreed, *banned)
+    overload = () if turn is None or turn.overload is None else (f"overload: {turn.overload}",)
+    return (*overload, *hot, *quarantined, *smaller, *unfreed, *banned)
 
 
 def _gpu(gpu: Gpu) -> GpuStatus:

@@ -86,11 +86,13 @@ class PaperWorld:
     def prefetch(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
         self.prefetched = (residency, backlog, now)
 
-    def publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
+    def publish(
+        self, machine: Machine, residency: Residency, backlog: Backlog, *, turn: Turn, now: float
+    ) -> HardwareStatus:
         self.deeds.append("publish")
         return summarize(
             worker="w", machine=machine, residency=residency, backlog=backlog, switches=(),
-            max_temperature_c=85, stopping=False, now=now,
+            max_temperature_c=85, stopping=False, turn=turn, now=now,
         )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def test_the_order_of_models_and_residents_does_not_matter() -> None:
 )
 def test_whose_turn_and_why(world: World, turn: Turn) -> None:
     """One row for each question that needs no more than counts and ages."""
-    assert replace(pick(world), until=None) == turn
+    assert replace(pick(world), until=None, overload=None) == turn
 
 
 def test_running_jobs_keep_nobody_from_a_free_place() -> None:
@@ -360,3 +360,32 @@ def test_a_short_detour_pays() -> None:
     assert turn(0.01) == "b"
     assert turn(0.1) == "a"
     assert turn(0.01, since=NOW - 50) == "a"
+
+
+@pytest.mark.parametrize(
+    ("jobs_of_a", "jobs_of_b", "said"),
+    [
+        (500, 0, None),
+        (1400, 0, "some jobs will be late by 133% of their bound, whichever model comes first"),
+        (500, 50, None),
+        (1400, 50, "some jobs will be late by 142% of their bound, whichever model comes first"),
+        (1400, 1400, "some jobs will be late by 367% of their bound, whichever model comes first"),
+    ],
+)
+def test_more_work_than_the_bound_allows_is_said(jobs_of_a: int, jobs_of_b: int, said: str | None) -> None:
+    """All came just now, a second each: the last of 1,400 starts 799 s after the 600 s that it may wait."""
+    pace = Pace(job_s=1.0)
+    ready = Resident(model_id="a", level=Level.READY, bytes=1, since=NOW - 1000)
+    residency = Residency(capacity=9, max_residents=1, residents=(ready,), switch_s={"a": 2.0, "b": 2.0})
+
+    def waits(count: int) -> Waiting:
+        return Waiting(count=count, oldest_at=NOW, lanes=(Lane(count=count, oldest_at=NOW, newest_at=NOW),))
+
+    def overload(**known: Knowledge) -> str | None:
+        backlog = Backlog(by_model={"a": waits(jobs_of_a), "b": waits(jobs_of_b)})
+        return pick_turn(
+            backlog, residency, ["a", "b"], now=NOW, max_wait_s=MAX_WAIT_S, min_turn_s=MIN_TURN_S, **known
+        ).overload
+
+    assert overload(known=Knowledge(paces={"a": pace, "b": pace})) == said
+    assert overload() is None, "what nobody has measured is no overload"

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from common.schemas import HardwareStatus, SwitchRecord, SwitchStage, SwitchTime, WorkerState
+from common.schemas import HardwareStatus, SwitchRecord, SwitchStage, SwitchTime, TurnStatus, WorkerState
 from tests.factories import GIB, make_gpu, make_machine
 from worker.hardware.gpu import Machine
+from worker.scheduling.pick import Turn
 from worker.state.backlog import Backlog, Waiting
 from worker.state.residency import Level, Quarantine, Residency, Resident, Switching
 from worker.telemetry.summarize import summarize
@@ -61,6 +62,15 @@ def waits(count: int) -> Backlog:
 def test_what_the_worker_does_now(residency: Residency, facts: dict[str, Any], state: WorkerState) -> None:
     """One word for each situation."""
     assert look(residency, **facts).state is state
+
+
+def test_whose_turn_it_is_and_an_overload_are_told() -> None:
+    """The reason of the turn stands in the status; what it means for the waiting is an alert."""
+    status = look(READY, turn=Turn(model_id="a", reason="9 of its jobs wait", overload="some jobs will be late"))
+
+    assert status.turn == TurnStatus(model="a", why="9 of its jobs wait")
+    assert status.alerts == ("overload: some jobs will be late",)
+    assert look(READY).turn is None
 
 
 def test_a_hot_card_and_a_model_left_alone_are_alerts() -> None:
