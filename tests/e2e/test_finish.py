@@ -52,7 +52,7 @@ def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="not reached: 46 % held on two cores. A pace measured in short turns of few jobs is some 10 % off, since the "
+    reason="not reached: 46 % held on two cores. A pace measured in short turns of few jobs is some 10 % off, since "
     "answers come in bursts and a look falls between them; the range allows for 5 %.",
 )
 def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
