@@ -239,13 +239,13 @@ FIELDS = st.sampled_from(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=st.dictionaries(FIELDS | st.text(max_size=10), JSON, max_size=6))
-def test_whatever_the_body_says_the_job_is_routed_or_fails(client: RedisClient, fields: dict[str, Any]) -> None:
+def test_whatever_the_body_says_the_job_is_routed_or_ends(client: RedisClient, fields: dict[str, Any]) -> None:
     """Nothing stays unsaid of it."""
     job_id = str(uuid.uuid4())
     push(client, message(args(fields), job_id))
     store = RedisJobStore(client, ttl_s=1000)
-    ended = {JobState.ROUTED, JobState.FAILED}
-    eventually(lambda: store.view(job_id).state in ended, what=f"{fields!r} is routed or fails")
+    ended = {JobState.ROUTED, JobState.FAILED, JobState.EXPIRED}  # a number is a moment, and may be a deadline gone by
+    eventually(lambda: store.view(job_id).state in ended, what=f"{fields!r} is routed or ends")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
