@@ -83,9 +83,8 @@ class RabbitDoor(threading.Thread):
             content_type=message.content_type,
             content_encoding=message.content_encoding,
             headers=message.headers,
-            exchange=_QUEUE.exchange,
-            routing_key=_QUEUE.routing_key,
-            declare=[_QUEUE],
+            exchange="",  # straight into the queue: a Redis that came back empty has forgotten all bindings
+            routing_key=_QUEUE.name,
             **{name: message.properties[name] for name in _PROPERTIES if message.properties.get(name) is not None},
         )
         message.ack()
