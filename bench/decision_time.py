@@ -69,7 +69,7 @@ def decide(client: RedisClient, *, now: float) -> tuple[float, float]:
     paces = {model: Pace(prefill_tokens_per_s=8000, decode_tokens_per_s=50, job_s=0.1, at_once=16) for model in MODELS}
     known = Knowledge(paces=paces, elsewhere={MODELS[1]: 1})
     began = time.perf_counter()
-    backlog = RedisQueues(client, MODELS, max_wait_s=600).backlog()
+    backlog = RedisQueues(client, MODELS).backlog()
     read = time.perf_counter()
     pick_turn(backlog, residency, MODELS, now=now, max_wait_s=600, min_turn_s=30, known=known)
     choose_substitute(backlog, residency, LARGER, known=known, now=now)

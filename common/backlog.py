@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common import backlog_scripts as scripts
 from common import keys
+from common.bounds import Bounds
 from common.redis_client import RedisClient
 from common.schemas import AUTO, JobRequest
 
@@ -40,19 +41,23 @@ class Place(BaseModel):
     any_model: bool | None = Field(default=None, description="it names no model: another may take it")
 
     @classmethod
-    def of(cls, message: Mapping[str, Any], *, now: float, max_wait_s: float | None = None) -> Self:
+    def of(cls, message: Mapping[str, Any], *, now: float, bounds: Bounds | None = None) -> Self:
         """
         Read the place of a kombu *message*.
 
-        One that says nothing, or nonsense, was queued *now* (Unix seconds); one that names no bound has *max_wait_s*.
+        One that says nothing, or nonsense, was queued *now* (Unix seconds); one that names no bound has that of its
+        tenant and class in *bounds*.
         """
         priority = message["properties"].get("priority")
         step = max((s for s in keys.PRIORITY_STEPS if isinstance(priority, int) and s <= priority), default=0)
         said = (message.get("headers") or {}).get(PLACE_HEADER)
         try:
-            return cls.model_validate({"queued_at": now, "max_wait_s": max_wait_s, **(said or {}), "priority": step})
+            place = cls.model_validate({"queued_at": now, **(said or {}), "priority": step})
         except (ValidationError, TypeError):
-            return cls(queued_at=now, priority=step, max_wait_s=max_wait_s)
+            place = cls(queued_at=now, priority=step)
+        if place.max_wait_s is not None or bounds is None:
+            return place
+        return place.model_copy(update={"max_wait_s": bounds.of(place.tenant, step)})
 
     @classmethod
     def of_job(cls, request: JobRequest, *, now: float, earlier: object = None) -> Self:
@@ -84,13 +89,13 @@ class RedisBacklog:
     ----------
     client
         May be a pipeline where the answer is of no interest. `find`, `walk` and `read` need one that decodes.
-    max_wait_s
-        The bound on the waiting of jobs whose message names none; None = they have none.
+    bounds
+        On the waiting of jobs whose message names none; None = they have none.
     """
 
-    def __init__(self, client: RedisClient, *, max_wait_s: float | None = None) -> None:
+    def __init__(self, client: RedisClient, *, bounds: Bounds | None = None) -> None:
         self._redis = client
-        self._max_wait_s = max_wait_s
+        self._bounds = bounds
 
     def put(self, queue: str, message: Mapping[str, Any], raw: str, *, now: float) -> Any:
         """
@@ -98,7 +103,7 @@ class RedisBacklog:
 
         A job that waits there already keeps its place, and this message takes the older one's.
         """
-        about = job_id_of(message), place_json(message, now=now, max_wait_s=self._max_wait_s)
+        about = job_id_of(message), place_json(message, now=now, bounds=self._bounds)
         return self._redis.eval(scripts.PUT, 2, keys.backlog(queue), keys.WAKE, *about, raw)
 
     def adopt(self, queue: str, *, now: float) -> int:
@@ -113,7 +118,7 @@ class RedisBacklog:
             for raw in reversed(self._redis.execute_command("LRANGE", name, -_AT_ONCE, -1, NEVER_DECODE=True)):
                 try:
                     message = json.loads(raw.decode())
-                    place = place_json(message, now=now, max_wait_s=self._max_wait_s)
+                    place = place_json(message, now=now, bounds=self._bounds)
                     about = [job_id_of(message).encode(), place.encode()]
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     about = []
@@ -196,7 +201,7 @@ def job_id_of(message: Mapping[str, Any]) -> str:
     return job_id if isinstance(job_id, str) and job_id else str(message["properties"]["delivery_tag"])
 
 
-def place_json(message: Mapping[str, Any], *, now: float, max_wait_s: float | None) -> str:
+def place_json(message: Mapping[str, Any], *, now: float, bounds: Bounds | None) -> str:
     """
     Write the message's place and where it goes, for the scripts; see Place.of.
 
@@ -210,5 +215,5 @@ def place_json(message: Mapping[str, Any], *, now: float, max_wait_s: float | No
     where["delivery_tag"] = properties["delivery_tag"]
     if not all(isinstance(value, str) for value in where.values()):
         raise TypeError(f"not all strings: {where}")
-    place = Place.of(message, now=now, max_wait_s=max_wait_s).model_dump(exclude_none=True)
+    place = Place.of(message, now=now, bounds=bounds).model_dump(exclude_none=True)
     return json.dumps(place | where, ensure_ascii=False)

@@ -220,8 +220,8 @@ local tag = math.max(tonumber(at[1] or 0), tonumber(at[2] or 0))
 return redis.call('ZCOUNT', KEYS[1] .. ':order', '-inf', string.format('%.0f', (USUAL + ARGV[1]) * UNIT + tag))
 """
 
-# KEYS: the backlog. Returns {the sums as they lie there, per lane {lane, first arrival, last, first deadline or nil}}.
-# Whatever the number of jobs, it looks at each lane once.
+# KEYS: the backlog. Returns {the sums as they lie there, per lane {lane, first arrival, last, first deadline or nil,
+# the bound of its first job or nil, as text}}. Whatever the number of jobs, it looks at each lane once.
 READ: Final = """
 local sums, heads = redis.call('HGETALL', KEYS[1] .. ':sums'), {}
 for i = 1, #sums, 2 do
@@ -231,7 +231,8 @@ for i = 1, #sums, 2 do
     local oldest = redis.call('ZRANGE', arrivals, 0, 0, 'WITHSCORES')
     local newest = redis.call('ZRANGE', arrivals, -1, -1, 'WITHSCORES')
     local deadline = redis.call('ZRANGE', KEYS[1] .. ':deadlines:' .. lane, 0, 0, 'WITHSCORES')
-    heads[#heads + 1] = {lane, oldest[2], newest[2], deadline[2] or false}
+    local max_wait = cmsgpack.unpack(redis.call('HGET', KEYS[1] .. ':places', oldest[1])).max_wait_s
+    heads[#heads + 1] = {lane, oldest[2], newest[2], deadline[2] or false, max_wait and tostring(max_wait) or false}
   end
 end
 return {sums, heads}

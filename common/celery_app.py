@@ -54,7 +54,7 @@ def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
         "broker_transport": "common.transport:Transport",
         "broker_transport_options": {
             "owner": owner,
-            "max_wait_s": settings.switch.max_wait_s,
+            "bounds": settings.switch.bounds,
             "priority_steps": list(keys.PRIORITY_STEPS),
             "socket_timeout": 30,
             "socket_connect_timeout": 3,

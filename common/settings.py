@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from common.bounds import Bounds
 from common.errors import BadSetting
 from common.may_reach import Allowed
 from common.redis_client import without_password
@@ -132,12 +133,28 @@ class SwitchSettings(_Group):
     attempts: int = Field(3, ge=1, le=10)
     drain_s: Seconds = Field(120, description="running jobs may take this long before they go back to the queue")
     max_wait_s: Seconds = Field(600, description="a job that waits longer gets its model's turn")
+    max_waits: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="another bound for TENANT=SECONDS, TENANT:PRIORITY=SECONDS, *:PRIORITY=SECONDS, comma separated"
+    )
     min_turn_s: Seconds = Field(30, description="a model with waiting jobs stays at least this long")
     max_residents: int = Field(1, ge=1, description="models ready side by side, when they fit")
     max_asleep: int = Field(2, ge=0, description="models that sleep beside those instead of ending; 0 = none")
     max_temperature_c: float = Field(85, gt=0, description="no load on a card hotter than this")
     max_power_share: float = Field(0.95, gt=0, le=1.5, description="no load on a card above this share of its limit")
     quarantine_s: Seconds = Field(60, description="first pause after a model failed to load; doubles")
+
+    _split = field_validator("max_waits", mode="before")(_split_at_commas)
+
+    @field_validator("max_waits")
+    @classmethod
+    def _are_bounds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        Bounds.parse(1.0, value)
+        return value
+
+    @property
+    def bounds(self) -> Bounds:
+        """How long the jobs of each tenant and class may wait."""
+        return Bounds.parse(self.max_wait_s, self.max_waits)
 
 
 class JobSettings(_Group):

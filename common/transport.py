@@ -36,6 +36,7 @@ from redis.exceptions import NoScriptError
 from common import delivery_scripts as scripts
 from common import keys
 from common.backlog import RedisBacklog, job_id_of, place_json
+from common.bounds import Bounds
 from common.logs import get_logger
 from common.redis_client import digest, run_script
 
@@ -127,7 +128,7 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
                 keys.backlog(queue),
                 [
                     job_id_of(message),
-                    place_json(message, now=time(), max_wait_s=channel.max_wait_s),
+                    place_json(message, now=time(), bounds=channel.bounds),
                 ],
             )
         else:
@@ -142,9 +143,9 @@ class Channel(stock.Channel):
     """A channel whose pop is one script, and whose idle wait takes nothing."""
 
     QoS = QoS
-    from_transport_options = (*stock.Channel.from_transport_options, "owner", "max_wait_s")
+    from_transport_options = (*stock.Channel.from_transport_options, "owner", "bounds")
     owner = "nobody"  # whose deliveries these are: one start of one process; set by broker_transport_options
-    max_wait_s: float | None = None  # the bound on the waiting of jobs that go into a backlog; likewise
+    bounds: Bounds | None = None  # on the waiting of jobs that go into a backlog; likewise
     supports_batch_publish = False  # a batch would pass by `_put`, and nobody would be woken
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -272,7 +273,7 @@ class Channel(stock.Channel):
     def _put(self, queue: str, message: Any, **_kwargs: Any) -> None:
         if keys.has_backlog(queue):
             with self.conn_or_acquire() as client:
-                RedisBacklog(client, max_wait_s=self.max_wait_s).put(queue, message, dumps(message), now=time())
+                RedisBacklog(client, bounds=self.bounds).put(queue, message, dumps(message), now=time())
             return
         entry = queue, self._q_for_pri(queue, self._get_message_priority(message, reverse=False)), dumps(message)
         if self._held is None:

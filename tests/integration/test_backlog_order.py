@@ -168,22 +168,26 @@ def read(line: Line) -> dict[str, dict[str, float]]:
         what, _, lane = name.partition(" ")
         if int(value):
             found.setdefault(lane, {})[what] = int(value)
-    for lane, oldest, newest, deadline in heads:
+    for lane, oldest, newest, deadline, max_wait in heads:
         found[lane] |= {"oldest": float(oldest), "newest": float(newest)}
         if deadline is not None:
             found[lane]["deadline"] = float(deadline)
+        if max_wait is not None:
+            found[lane]["max_wait"] = float(max_wait)
     return found
 
 
 def sums_of(jobs: dict[str, tuple[Place, float]]) -> dict[str, dict[str, float]]:
     """The same, counted job by job."""
 
-    def lane(place: Place) -> str:
-        return f"{place.priority}:{place.tenant}"
+    def lane(job: tuple[str, Place]) -> str:
+        return f"{job[1].priority}:{job[1].tenant}"
 
     found: dict[str, dict[str, float]] = {}
-    for name, group in groupby(sorted((place for place, _ in jobs.values()), key=lane), key=lane):
-        places = list(group)
+    for name, group in groupby(sorted(((job_id, place) for job_id, (place, _) in jobs.items()), key=lane), key=lane):
+        together = list(group)
+        places = [place for _, place in together]
+        first = min(together, key=lambda job: (job[1].queued_at, job[0]))[1]
         arrivals = [place.queued_at for place in places]
         sums: dict[str, float] = {"jobs": len(places), "oldest": min(arrivals), "newest": max(arrivals)}
         for what in ("prompt_tokens", "output_tokens"):
@@ -191,5 +195,7 @@ def sums_of(jobs: dict[str, tuple[Place, float]]) -> dict[str, dict[str, float]]
             sums |= {key: value for key, value in ((what, sum(said)), (f"{what}?", len(places) - len(said))) if value}
         if deadlines := [place.deadline_at for place in places if place.deadline_at is not None]:
             sums["deadline"] = min(deadlines)
+        if first.max_wait_s is not None:
+            sums["max_wait"] = first.max_wait_s
         found[name] = sums
     return found

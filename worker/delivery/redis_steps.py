@@ -18,6 +18,7 @@ from celery import Celery, states
 from common import keys
 from common.backlog import place_json
 from common.backlog_scripts import LIBRARY
+from common.bounds import Bounds
 from common.job_ends import END, HOLD, end_args, end_keys, hold_args
 from common.may_enter import Entry
 from common.redis_client import RedisClient
@@ -129,7 +130,7 @@ class RedisSteps:
         self._owner = owner
         self._ttl_s = int(ttl_s)
         self._max_bytes = max_bytes
-        self._max_wait_s: float | None = app.conf.broker_transport_options.get("max_wait_s")
+        self._bounds: Bounds | None = app.conf.broker_transport_options.get("bounds")
         self._result_ttl_s = int(self._backend.expires or ttl_s)
         self._route = client.register_script(_ROUTE)
         self._begin = client.register_script(_BEGIN)
@@ -147,7 +148,7 @@ class RedisSteps:
                     ],
                     args=[
                         job.delivery, self._owner, json.dumps(job.message), self._ttl_s, now, job.job_id,
-                        *hold_args(job.entry), place_json(job.message, now=now, max_wait_s=self._max_wait_s), *fields,
+                        *hold_args(job.entry), place_json(job.message, now=now, bounds=self._bounds), *fields,
                     ],
                     client=pipe,
                 )  # fmt: skip

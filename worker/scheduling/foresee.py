@@ -27,6 +27,7 @@ class Group:
     due_at: float  # Unix seconds when its most pressing job should start: its bound or its deadline, the earlier
     last_due_at: float  # likewise of its last one
     bound_s: float
+    by_deadline: bool  # due_at is that of a deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,11 @@ class Load:
     def job_class(self) -> int:
         """The most urgent class that waits."""
         return self.groups[0].job_class
+
+    @property
+    def pressing(self) -> Group:
+        """The class whose job should start first."""
+        return min(self.groups, key=_due_at)
 
     @property
     def due_at(self) -> float:
@@ -84,19 +90,24 @@ def weigh(
         whole = together[0] if len(together) == 1 else _join(together)
         work_s, one_s = (pace.work_s(whole), pace.one_s(whole) or 0.0) if pace else (None, 0.0)
         longest_s = max(longest_s, one_s)
-        oldest_at, due_at, bound, last_due_at = math.inf, math.inf, bound_s, -math.inf
+        oldest_at, due_at, bound, last_due_at, by_deadline = math.inf, math.inf, bound_s, -math.inf, False
         for lane in together:
             its_bound = lane.max_wait_s or bound_s
             came_at = now if lane.oldest_at is None else lane.oldest_at
             oldest_at, its_due_at = min(oldest_at, came_at), came_at + its_bound
-            if lane.deadline_at is not None and lane.deadline_at > now:
-                its_due_at = min(its_due_at, lane.deadline_at - one_s)
+            ends_at = math.inf if lane.deadline_at is None or lane.deadline_at <= now else lane.deadline_at
+            binds = ends_at - one_s < its_due_at
+            its_due_at = min(its_due_at, ends_at - one_s)
             if its_due_at < due_at:
-                due_at, bound = its_due_at, its_bound
+                due_at, bound, by_deadline = its_due_at, its_bound, binds
             last_due_at = max(last_due_at, math.inf if lane.newest_at is None else lane.newest_at + its_bound)
-        groups.append(Group(job_class, whole.count, work_s, oldest_at, due_at, last_due_at, bound))
+        groups.append(Group(job_class, whole.count, work_s, oldest_at, due_at, last_due_at, bound, by_deadline))
     first_at = now if waiting.oldest_at is None else waiting.oldest_at
     return Load(model_id, waiting.count, first_at, ready, switch_s, tuple(groups), longest_s)
+
+
+def _due_at(group: Group) -> float:
+    return group.due_at
 
 
 def _join(lanes: Sequence[Lane]) -> Lane:

@@ -110,7 +110,7 @@ def pick_turn(
     # (2) Room for one more.
     beside = [load for load in absent if residency.residents and load.model_id in residency.beside]
     longest = max((*absent, *at_work), key=age)
-    if beside and (longest in beside or age(longest) <= max_wait_s):
+    if beside and (longest in beside or now <= longest.due_at):
         first = min(beside, key=lambda load: (-age(load), load.model_id))
         return _turn(first, f"{first.count} of its jobs wait, and it fits beside what is loaded")
 
@@ -125,16 +125,16 @@ def pick_turn(
         why = f"{at_work[0].count} of its jobs wait and it is ready"
         return _turn(at_work[0], why, overload=_overload(foresee(at_work, now=now)))
     if not at_work:
-        return _next_turn(absent, now, max_wait_s)
+        return _next_turn(absent, now)
     return _stay_or_leave(at_work, absent, ready[at_work[0].model_id], now=now, max_wait_s=max_wait_s)
 
 
-def _next_turn(absent: Sequence[Load], now: float, max_wait_s: float) -> Turn:
+def _next_turn(absent: Sequence[Load], now: float) -> Turn:
     """Choose where no model that is ready has jobs."""
     # (4) The bound and the deadlines.
     due, go, stay = _foresee_both((), absent, now, 0.0)
     if due is not absent[0] and is_better(go, stay):
-        return _due_turn(due, go, now, max_wait_s)
+        return _due_turn(due, go, now)
 
     # (7) The class, then the wait.
     why = f"{absent[0].count} of its jobs wait, none for what is ready"
@@ -156,10 +156,10 @@ def _stay_or_leave(
     # (4) The bound and the deadlines.
     due, go, stay = _foresee_both(at_work, absent, now, drain_s)
     presses = is_better(go, stay)
-    if presses and any(go.late) and due.due_at < due.oldest_at + max_wait_s:
+    if presses and any(go.late) and due.pressing.by_deadline:
         presses = now >= paid_at(due)
     if presses and (go.slack_s <= _LEEWAY_S or due.due_at <= now + drain_s + due.switch_s):
-        return _due_turn(due, go, now, max_wait_s)
+        return _due_turn(due, go, now)
     until = now + max(_LEEWAY_S, min(go.slack_s, max_wait_s) / 2)
 
     # (5) A more urgent class.
@@ -244,11 +244,13 @@ def _is_kept_away(other: Load, current: Load, drain_s: float, lasted_s: float, n
     )
 
 
-def _due_turn(due: Load, go: Foreseen, now: float, max_wait_s: float) -> Turn:
-    if due.due_at < due.oldest_at + max_wait_s:
-        why = f"a job should start within {max(0.0, due.due_at - now):.0f} s"
+def _due_turn(due: Load, go: Foreseen, now: float) -> Turn:
+    pressing = due.pressing
+    if pressing.by_deadline:
+        why = f"a job should start within {max(0.0, pressing.due_at - now):.0f} s"
     else:
-        why = f"a job has waited {now - due.oldest_at:.0f} s, the bound is {max_wait_s:.0f} s"
+        waited_s = now - (pressing.due_at - pressing.bound_s)
+        why = f"a job has waited {waited_s:.0f} s, the bound is {pressing.bound_s:.0f} s"
     return _turn(due, why, overload=_overload(go))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from common import keys
 from common.backlog import RedisBacklog
+from common.bounds import Bounds
 from common.redis_client import RedisClient
 from worker.state.backlog import Backlog, Lane, Waiting
 
@@ -17,10 +18,10 @@ from worker.state.backlog import Backlog, Lane, Waiting
 class RedisQueues:
     """The model queues; one round trip a reading, whatever the number of jobs."""
 
-    def __init__(self, client: RedisClient, models: Sequence[str], *, max_wait_s: float | None = None) -> None:
+    def __init__(self, client: RedisClient, models: Sequence[str], *, bounds: Bounds | None = None) -> None:
         self._redis = client
         self._models = tuple(models)
-        self._backlog = RedisBacklog(client, max_wait_s=max_wait_s)
+        self._backlog = RedisBacklog(client, bounds=bounds)
 
     def backlog(self) -> Backlog:
         """Read every model's queue; what a stock producer has pushed to its lists joins its backlog."""
@@ -51,7 +52,7 @@ def _lanes(sums: Sequence[Any], heads: Sequence[Sequence[Any]]) -> Iterator[Lane
     def tokens(what: str, lane: str) -> int | None:
         return None if amounts.get(f"{what}? {lane}", "0") != "0" else int(amounts.get(f"{what} {lane}", 0))
 
-    for lane, oldest, newest, deadline in sorted(heads, key=lambda head: str(head[0])):
+    for lane, oldest, newest, deadline, max_wait in sorted(heads, key=lambda head: str(head[0])):
         job_class, _, tenant = lane.partition(":")
         yield Lane(
             count=int(amounts[f"jobs {lane}"]),
@@ -62,5 +63,6 @@ def _lanes(sums: Sequence[Any], heads: Sequence[Sequence[Any]]) -> Iterator[Lane
             prompt_tokens=tokens("prompt_tokens", lane),
             output_tokens=tokens("output_tokens", lane),
             deadline_at=None if deadline is None else float(deadline),
+            max_wait_s=None if max_wait is None else float(max_wait),
             any_model=job_class.endswith("*"),
         )

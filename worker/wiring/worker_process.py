@@ -143,7 +143,7 @@ class _Worker:
             stand_in=self._stand_in,
             on_answer=_both_hear(capacities, paces),
         )
-        queues = RedisQueues(client, list(placements), max_wait_s=settings.switch.max_wait_s)
+        queues = RedisQueues(client, list(placements), bounds=settings.switch.bounds)
         self._switcher = Switcher(
             board=board,
             placements=placements,

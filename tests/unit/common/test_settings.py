@@ -45,6 +45,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         ("WORKER_HARDWARE", "tpu", "'auto', 'cpu' or 'stub'"),
         ("SWITCH_TIMEOUT_S", "-1", "greater than 0 (for one attempt to load and verify)"),
         ("SWITCH_ATTEMPTS", "11", "less than or equal to 10"),
+        ("SWITCH_MAX_WAITS", "acme=60,zeta", "'zeta' is not TENANT=SECONDS"),
         ("JOB_RESULT_TTL_S", "forever", "valid number"),
         ("CLOUD_URL", "api.example.org/v1", "must start with https:// (or http://) and name a host"),
         ("CLOUD_URL", "https://", "must start with https:// (or http://) and name a host"),
