@@ -15,6 +15,7 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   ├── QueueFull               too much of the tenant, or of everybody, waits already: `retry_after_s`
     │   ├── EngineNotReady          the model's engine is not (or no longer) ready
     │   ├── EngineDied              the engine's process ended under the job
+    │   ├── WorkerDied              the worker's process, and all that was under it
     │   ├── EngineFailed            the engine lives, but answered with an error of its own, or with nonsense
     │   ├── EngineTimeout           the engine did not answer in time
     │   ├── LoadFailed              the engine did not come up, or its canary did not answer
@@ -28,7 +29,7 @@ Every error that Shiftworker raises, and whether a retry helps.
     │   └── TimeLimitExceeded       it took longer in the engine than it may
     ├── SetAside                the job lies in the dead-letter queue: `shiftworker dead retry ID` runs it again
     │   ├── AttemptsExhausted       it failed as often as is allowed, in engines that lived on
-    │   └── PoisonJob               its engine died whenever it was alone there
+    │   └── PoisonJob               its engine, or its worker, died whenever it was alone there
     ├── AnswerDropped           the job was answered, and the answer has made room for newer ones
     ├── InternalError           a fault of ours; the worker's log has the traceback
     └── Misconfigured           the operator must change something first
@@ -121,6 +122,10 @@ class EngineDied(Unavailable):
     """The engine's process ended while it worked on the job."""
 
 
+class WorkerDied(Unavailable):
+    """The worker was not heard of any more while it ran the job."""
+
+
 class EngineFailed(Unavailable):
     """The engine lives, but answered with an error of its own (HTTP 5xx), or with something that is no answer."""
 
@@ -174,7 +179,7 @@ class AttemptsExhausted(SetAside):
 
 
 class PoisonJob(SetAside):
-    """The engine died under this job, and nobody else was there."""
+    """The engine, or the whole worker, died under this job, and nobody else was there."""
 
 
 class AnswerDropped(ShiftworkerError):

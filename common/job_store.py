@@ -66,6 +66,18 @@ class JobStore(Protocol):
         """
         ...
 
+    def running(self, deliveries: Mapping[str, str]) -> dict[str, int]:
+        """Which of these jobs (id -> tag of a message) run by that message, and at which attempt they are."""
+        ...
+
+    def lose(self, job_id: str, fault: Fault) -> bool:
+        """
+        `hand_back` for a process that has died: once for each attempt, with the *fault* that this is.
+
+        False: the attempt had ended, been handed back, or been lost already, and nothing has changed.
+        """
+        ...
+
     def add_fault(self, job_id: str, fault: Fault) -> tuple[Fault, ...] | None:
         """
         Something failed under an attempt of the job; give all its faults by now.
@@ -184,6 +196,25 @@ class MemoryJobStore:
             self._claims.pop(job_id, None)
         self._change(job_id, state=JobState.ROUTED)
         return True
+
+    def running(self, deliveries: Mapping[str, str]) -> dict[str, int]:
+        """See JobStore."""
+        with self._lock:
+            return {
+                job_id: self._view(job_id).attempts
+                for job_id, tag in deliveries.items()
+                if self._claims.get(job_id) == tag and job_id not in self._outcomes
+            }
+
+    def lose(self, job_id: str, fault: Fault) -> bool:
+        """See JobStore."""
+        with self._lock:
+            view = self._view(job_id)
+            if view.attempts != fault.attempt or job_id not in self._claims or job_id in self._outcomes:
+                return False
+            del self._claims[job_id]
+            self._views[job_id] = view.model_copy(update={"faults": (*view.faults, fault), "state": JobState.ROUTED})
+            return True
 
     def add_fault(self, job_id: str, fault: Fault) -> tuple[Fault, ...] | None:
         """See JobStore."""

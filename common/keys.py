@@ -183,6 +183,11 @@ def lease(owner: str) -> str:
     return f"{_PREFIX}lease:{owner}"
 
 
+def death(owner: str) -> str:
+    """Integer: how many jobs a process ran when it died; 0 = it had been told to leave, which is nobody's fault."""
+    return f"{_PREFIX}death:{owner}"
+
+
 CELERY_RESULT_PREFIX: Final = "celery-task-meta-"  # Celery's copy of each outcome, behind it the job's id
 UNACKED: Final = "unacked"  # kombu's hash: delivery tag -> [message, exchange, routing key]
 UNACKED_INDEX: Final = "unacked_index"  # kombu's sorted set: delivery tag -> time of delivery or renewal

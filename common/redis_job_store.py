@@ -65,6 +65,17 @@ redis.call('EXPIRE', KEYS[1], ARGV[2])
 return faults
 """
 
+# KEYS: the job's hash. ARGV: the attempt, lifetime in seconds, the fault as JSON, the state to set. Returns 1 if the
+# attempt was the newest, and still under way.
+_LOSE = """
+local found = redis.call('HMGET', KEYS[1], 'attempts', 'claim', 'end', 'faults')
+if found[1] ~= ARGV[1] or not found[2] or found[3] then return 0 end
+redis.call('HDEL', KEYS[1], 'claim')
+redis.call('HSET', KEYS[1], 'state', ARGV[4], 'faults', (found[4] and found[4] .. '\\n' or '') .. ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+
 _FINISH = END + "return end_job()"
 
 # KEYS: the job's hash, its outcome; held, tenants. ARGV: lifetime in seconds, the state to set, model, complexity, why,
@@ -98,6 +109,7 @@ class RedisJobStore:
         self._begin = client.register_script(_BEGIN)
         self._add_chunk = client.register_script(_ADD_CHUNK)
         self._hand_back = client.register_script(_HAND_BACK)
+        self._lose = client.register_script(_LOSE)
         self._add_fault = client.register_script(_ADD_FAULT)
         self._finish = client.register_script(_FINISH)
         self._set_aside = client.register_script(SET_ASIDE)
@@ -149,6 +161,23 @@ class RedisJobStore:
     def hand_back(self, job_id: str, *, attempt: int) -> bool:
         """See JobStore."""
         return bool(self._hand_back(keys=[keys.job(job_id)], args=[attempt, self._ttl_s, JobState.ROUTED]))
+
+    def running(self, deliveries: Mapping[str, str]) -> dict[str, int]:
+        """See JobStore."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in deliveries:
+                pipe.hmget(keys.job(job_id), "claim", "end", "attempts")
+            found = pipe.execute()
+        return {
+            job_id: int(attempts)
+            for (job_id, tag), (claim, end, attempts) in zip(deliveries.items(), found, strict=True)
+            if claim == tag and end is None
+        }
+
+    def lose(self, job_id: str, fault: Fault) -> bool:
+        """See JobStore."""
+        args = [fault.attempt, self._ttl_s, fault.model_dump_json(exclude_none=True), JobState.ROUTED]
+        return bool(self._lose(keys=[keys.job(job_id)], args=args))
 
     def add_fault(self, job_id: str, fault: Fault) -> tuple[Fault, ...] | None:
         """See JobStore."""

@@ -338,7 +338,7 @@ class Fault(_Stored):
     kind: str = Field(description="the error's class")
     message: str
     company: int | None = Field(
-        default=None, description="jobs in the engine when it died, this one among them; None = it did not die"
+        default=None, description="jobs in the engine (WorkerDied: in the worker) when it died; None = it did not die"
     )
 
 

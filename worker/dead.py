@@ -55,7 +55,7 @@ def show(job_id: _Id, *, as_json: _Json = False) -> None:
     if as_json:
         _print_json(letter.model_dump(mode="json"))
         return
-    faults = Table("attempt", "when", "worker", "what", "in the engine")
+    faults = Table("attempt", "when", "worker", "what", "company")
     for fault in letter.faults:
         company = "" if fault.company is None else f"{fault.company} when it died"
         faults.add_row(str(fault.attempt), _local(fault.at), fault.worker, escape(fault.message), company)

@@ -4,7 +4,8 @@ Stands in for vLLM: the real engine host, whose forks answer from a digest of th
     python engine.py SOCKET
 
 The same body has the same answer and takes the same time, so that two runs can be compared; and each fork is a process
-that can be killed and paused. One that is asked what the file $CHAOS_POISON says kills itself.
+that can be killed and paused. One that is asked what the file $CHAOS_POISON says kills itself, or with
+$CHAOS_POISON_KILLS=worker the worker.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
+
+import psutil
 
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 
@@ -100,7 +103,13 @@ async def _answer(frame: Frame, send: Any) -> None:
 def _die_of_poison(body: dict[str, Any]) -> None:
     poison = Path(os.environ.get("CHAOS_POISON", "none"))
     if poison.exists() and poison.read_text() in body["messages"][-1]["content"]:
-        os.kill(os.getpid(), signal.SIGKILL)
+        of_worker = os.environ.get("CHAOS_POISON_KILLS") == "worker"
+        os.kill(_worker() if of_worker else os.getpid(), signal.SIGKILL)
+
+
+def _worker() -> int:
+    """The process at the top of the tree that this one is a part of."""
+    return next(above.pid for above in psutil.Process().parents() if above.cmdline()[1:4] == ["-m", "worker", "worker"])
 
 
 def main(path: str) -> None:

@@ -55,6 +55,7 @@ _SETTINGS = {
     "SWITCH_QUARANTINE_S": "1",
     "JOB_MAX_ATTEMPTS": "100",  # what fails under one job, and how often, is another test's question
     "JOB_MAX_DEATHS": "100",
+    "JOB_MAX_WORKER_DEATHS": "100",
     "WEBHOOK_SECRET": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
     "WEBHOOK_TIMEOUT_S": "2",
     "EGRESS_ALLOW": "127.0.0.0/8",

@@ -261,6 +261,54 @@ def test_faults_are_kept_by_job(store: JobStore) -> None:
     assert store.view("2").faults == ()
 
 
+def test_who_runs_by_which_message(kind: Kind) -> None:
+    """Begun by it, not handed back, not ended; with the number of the attempt."""
+    for job_id in ("runs", "back", "ended"):
+        kind.fly(job_id)
+        kind.store.begin(job_id, delivery=job_id)
+    kind.store.begin("runs", delivery="runs")
+    kind.store.hand_back("back", attempt=1)
+    kind.store.finish(answered(job_id="ended"))
+
+    assert kind.store.running({}) == {}
+    assert kind.store.running({name: name for name in ("runs", "back", "ended", "never begun")}) == {"runs": 2}
+    assert kind.store.running({"runs": "a copy"}) == {}
+
+
+def test_an_attempt_is_lost_once(kind: Kind) -> None:
+    """With the process that made it; the job waits again, its faults say why, and any message may begin it."""
+    kind.fly("tag")
+    kind.store.begin("1", delivery="tag")
+    earlier, death = fault(company=9), fault(kind="WorkerDied", company=3)
+    kind.store.add_fault("1", earlier)
+
+    assert kind.store.lose("1", death)
+    assert not kind.store.lose("1", death)  # somebody else has taken back the same
+    assert kind.store.view("1").faults == (earlier, death)
+    assert kind.store.view("1").state is JobState.ROUTED
+    assert kind.store.running({"1": "tag"}) == {}
+    kind.fly("other")
+    assert kind.store.begin("1", delivery="other") == 2
+
+
+@pytest.mark.parametrize("since", ["another attempt", "handed back", "ended", "never begun"])
+def test_what_is_not_under_way_cannot_be_lost(kind: Kind, since: str) -> None:
+    """Whoever was taken for dead has come back, and was the faster one."""
+    kind.fly("tag")
+    if since != "never begun":
+        kind.store.begin("1", delivery="tag")
+    if since == "another attempt":
+        kind.store.begin("1", delivery="tag")
+    if since == "handed back":
+        kind.store.hand_back("1", attempt=1)
+    if since == "ended":
+        kind.store.finish(answered())
+    before = kind.store.view("1")
+
+    assert not kind.store.lose("1", fault(kind="WorkerDied", company=3))
+    assert kind.store.view("1") == before
+
+
 LETTER = DeadLetter(
     job_id="1",
     at=utc_now(),
@@ -404,6 +452,7 @@ def test_everything_in_redis_is_forgotten_in_time(redis_client: RedisClient) -> 
         lambda: store.add_chunks({("1", 1): says("Once")}),
         lambda: store.begin("1", delivery="tag") and store.hand_back("1", attempt=store.view("1").attempts),
         lambda: store.begin("1", delivery="tag") and store.add_fault("1", fault(store.view("1").attempts)),
+        lambda: store.begin("1", delivery="tag") and store.lose("1", fault(store.view("1").attempts)),
         lambda: store.ask_cancel("1"),
         lambda: store.finish(answered()),
     ):

@@ -66,6 +66,7 @@ def node_env(tiny_models: Path) -> dict[str, str]:
         "WORKER_CONCURRENCY": "8",
         "LLAMACPP_PARALLEL": "4",
         "DELIVERY_LEASE_S": str(LEASE_S),
+        "JOB_MAX_WORKER_DEATHS": "100",
         "JOB_MAX_DEATHS": "100",  # kills at random may meet a job alone twice; who is to blame is tests/chaos' question
         "STATUS_INTERVAL_S": "0.5",
         "LOG_FORMAT": "json",

@@ -5,8 +5,9 @@ One thread per process, with a Redis connection of its own, so that it goes on w
 connection is being repaired. Three things in a beat:
 
 1. Renew    `shiftworker:lease:<owner>` lives `lease_s`; the deliveries in flight here get a new time.
-2. Sweep    A delivery whose owner's lease is gone goes back to the head of its queue; so does one of our own
-            that nothing here holds any more (it could not be given back while Redis was away, say).
+2. Sweep    A delivery whose owner's lease is gone goes back to the head of its queue, and its job hears of the death;
+            so does one of our own that nothing here holds any more (it could not be given back while Redis was
+            away, say), and that is nobody's death.
 3. Backstop A delivery without an owner, popped by a stock transport, goes back after the visibility timeout.
 
 A delivery goes back only when two sweeps, a beat apart, found the same: after an outage of Redis every lease
@@ -28,6 +29,8 @@ from common import keys
 from common.logs import get_logger
 from common.redis_client import RedisClient
 from common.transport import deliveries_in_flight, give_back
+from worker.delivery.deaths import Deaths
+from worker.delivery.pool import leaving
 
 logger = get_logger(__name__)
 
@@ -54,6 +57,7 @@ class Lease(threading.Thread):
         *,
         app: Celery,
         client: RedisClient,
+        deaths: Deaths,
         owner: str,
         lease_s: float,
         visibility_timeout_s: float,
@@ -62,6 +66,7 @@ class Lease(threading.Thread):
         super().__init__(name="lease", daemon=True)
         self._app = app
         self._redis = client
+        self._deaths = deaths
         self._owner = owner
         self._lease_s = lease_s
         self._visibility_timeout_s = visibility_timeout_s
@@ -98,6 +103,7 @@ class Lease(threading.Thread):
             if held:
                 pipe.zadd(keys.UNACKED_INDEX, dict.fromkeys(held, now), xx=True)
             pipe.execute()
+        self._deaths.none_yet(self._owner, leaving=leaving.is_set())
 
     def sweep(self, *, now: float) -> int:
         """Give back what the dead held and what this process forgot; returns how many deliveries moved."""
@@ -111,6 +117,8 @@ class Lease(threading.Thread):
         lost, self._suspects = suspects & self._suspects, suspects
         overdue = self._redis.zrangebyscore(keys.UNACKED_INDEX, 0, now - self._visibility_timeout_s)
         lost |= {(tag, "") for tag in overdue if tag not in owners}
+        for dead in {owner for _, owner in lost} - {self._owner, ""}:
+            self._deaths.note(dead, [tag for tag, owner in owners.items() if owner == dead])
         moved = self._give_back(lost) if lost else 0
         if moved:
             logger.warning("delivery.taken_back", deliveries=moved, owners=sorted({owner for _, owner in lost}))

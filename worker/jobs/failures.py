@@ -18,6 +18,7 @@ from common.errors import (
     JobCancelled,
     PoisonJob,
     PromptTooLong,
+    SetAside,
     ShiftworkerError,
     TimeLimitExceeded,
     Unavailable,
@@ -57,6 +58,7 @@ class JobLimits:
     timeout_s: float  # in the engine, per attempt
     max_attempts: int  # that failed in an engine which lived on
     max_deaths: int = 2  # of an engine with this job alone in it
+    max_worker_deaths: int = 3  # of a worker, likewise
     first_pause_s: float = 1.0  # before the attempt after one that failed; doubles
 
 
@@ -80,9 +82,28 @@ class Failures:
         self._board = board
         self._limits = limits
 
-    def company(self, faults: Sequence[Fault]) -> int | None:
-        """How many may be in the engine with a job that has these faults, itself counted; None = any number."""
-        return self._isolate(faults).company
+    def again(self, faults: Sequence[Fault]) -> Again:
+        """What becomes of a job that has these faults."""
+        limits = self._limits
+        return isolate(
+            faults,
+            max_attempts=limits.max_attempts,
+            max_deaths=limits.max_deaths,
+            max_worker_deaths=limits.max_worker_deaths,
+            first_pause_s=limits.first_pause_s,
+        )
+
+    def set_aside(self, job_id: str, faults: Sequence[Fault]) -> SetAside | None:
+        """Give the error that a job with these faults ends with; None = there is another attempt."""
+        again = self.again(faults)
+        if not again.set_aside:
+            return None
+        last = faults[-1]
+        error = AttemptsExhausted if last.company is None else PoisonJob
+        return error(
+            f"The job was set aside: {again.reason}, the last time with: {last.message} `shiftworker dead show "
+            f"{job_id}` has its history, `shiftworker dead retry {job_id}` runs it again."
+        )
 
     def end_of(self, attempt: Attempt, error: ShiftworkerError | JobStopped) -> ShiftworkerError:
         """
@@ -126,29 +147,16 @@ class Failures:
         )
         if faults is None:  # another attempt has begun since
             raise HandBack
-        again = self._isolate(faults)
+        again = self.again(faults)
         logger.warning(
             "jobs.fault", job_id=job_id, faults=len(faults), company=attempt.company, error=error.message,
             then=again.reason,
         )  # fmt: skip
-        if again.set_aside:
-            set_aside = AttemptsExhausted if attempt.company is None else PoisonJob
-            return set_aside(
-                f"The job was set aside: {again.reason}, the last time with: {error.message} `shiftworker dead show "
-                f"{job_id}` has its history, `shiftworker dead retry {job_id}` runs it again."
-            )
+        if (set_aside := self.set_aside(job_id, faults)) is not None:
+            return set_aside
         handed_back = self._handed_back(attempt)
         attempt.stop.wait(again.pause_s)
         raise handed_back
-
-    def _isolate(self, faults: Sequence[Fault]) -> Again:
-        limits = self._limits
-        return isolate(
-            faults,
-            max_attempts=limits.max_attempts,
-            max_deaths=limits.max_deaths,
-            first_pause_s=limits.first_pause_s,
-        )
 
     def _stopped(self, attempt: Attempt, reason: str) -> ShiftworkerError:
         """What a stop means for the job."""

@@ -108,8 +108,9 @@ class JobRunner:
         1. Has it ended already?                    Give the stored outcome: this is a second delivery.
         2. Did somebody cancel it?                  Cancelled.
         3. Has its deadline passed?                 Expired.
-        4. Did its engine die under it?             It waits until it may be there in the company that it may have.
-        5. Is its model ready here? On its way to   If not, the message goes back.
+        4. Did its workers die under it too often?  Set aside; of other faults that was decided when they happened.
+        5. Did its engine die under it?             It waits until it may be there in the company that it may have.
+           Is its model ready here? On its way to   If not, the message goes back.
            the cloud: may it leave, and does the
            endpoint take it?
         6. Is another copy of it in flight? Of      If so, this one is dropped; a copy of the same message goes back,
@@ -136,14 +137,12 @@ class JobRunner:
         started = utc_now()
         ledger = self.ledger(route, attempt=view.attempts, queued_at=view.queued_at)
 
-        # (2) Cancelled. (3) Expired.
-        if job_id in self._store.asked_to_cancel([job_id]):
-            return self._end(job_id, ledger, cancelled(job_id), request)
-        if request.deadline is not None and started >= request.deadline:
-            return self._end(job_id, ledger, expired(request.deadline, "while the job waited"), request)
+        # (2) Cancelled. (3) Expired. (4) Its workers.
+        if (over := self._over(job_id, request, view.faults, now=started)) is not None:
+            return self._end(job_id, ledger, over, request)
 
         try:
-            # (4) Its company. (5) Its engine, ready for as long as it runs.
+            # (5) Its company, and Its engine, ready for as long as it runs.
             with self.enter(job_id, request, route, stop, delivery, faults=view.faults) as seat:
                 # (6) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
@@ -203,13 +202,15 @@ class JobRunner:
 
         *faults* are those of the job; None = it has none, and does not wait for its place.
         """
+        again = self._failures.again(faults) if faults else None
         wanted = Wanted(
             job_id=job_id,
             request=request,
             route=route,
             stop=stop,
             delivery=delivery,
-            company=self._failures.company(faults) if faults else None,
+            company=again.company if again else None,
+            in_worker=again is not None and again.in_worker,
         )
         return self._seats.take(wanted, wait=faults is not None)
 
@@ -277,6 +278,16 @@ class JobRunner:
             )
             return self._end(ran.job_id, ran.ledger, self._failures.end_of(failed, error), ran.request)
         return self._finish(self.answered(ran.job_id, ran.request, ran.ledger, completion))
+
+    def _over(
+        self, job_id: str, request: JobRequest, faults: Sequence[Fault], *, now: datetime
+    ) -> ShiftworkerError | None:
+        """Give the error of a job that is not to run any more."""
+        if job_id in self._store.asked_to_cancel([job_id]):
+            return cancelled(job_id)
+        if request.deadline is not None and now >= request.deadline:
+            return expired(request.deadline, "while the job waited")
+        return self._failures.set_aside(job_id, faults) if faults else None
 
     def _ended_meanwhile(self, job_id: str) -> Outcome:
         ended = self._store.outcome(job_id)

@@ -5,7 +5,7 @@ Gives each job its place in an engine: alone of its kind, in the company it may 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from common.errors import EngineDied, EngineNotReady, LoadFailed, Refused
@@ -23,6 +23,8 @@ from worker.selection.placement import Placement
 
 logger = get_logger(__name__)
 
+_ENDPOINT = ""  # its door; no model has this name
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Wanted:
@@ -34,6 +36,7 @@ class Wanted:
     stop: StopSignal
     delivery: str
     company: int | None  # see isolate.py
+    in_worker: bool = False
 
     @property
     def model_id(self) -> str | None:
@@ -86,11 +89,10 @@ class Seats:
         model_id = wanted.model_id
         with self._alone(wanted):
             if model_id is None:
-                with self._at_endpoint(wanted) as engine:
+                with self._at_the_door(wanted, _ENDPOINT, wait=wait), self._at_endpoint(wanted) as engine:
                     yield Seat(engine=engine)
                 return
-            at_the_door = self._usher.enter(model_id, wanted.job_id, wanted.company, wanted.stop, wait=wait)
-            with at_the_door, self._ready(model_id) as engine:
+            with self._at_the_door(wanted, model_id, wait=wait), self._ready(model_id) as engine:
                 seat = Seat(engine=engine)
                 try:
                     yield seat
@@ -116,6 +118,11 @@ class Seats:
             yield
         finally:
             del self.taken[wanted.job_id]
+
+    def _at_the_door(self, wanted: Wanted, door: str, *, wait: bool) -> AbstractContextManager[None]:
+        # Of what an engine here died, the endpoint does not die; the worker may.
+        company = wanted.company if door != _ENDPOINT or wanted.in_worker else None
+        return self._usher.enter(door, wanted.job_id, company, wanted.stop, wait=wait, in_worker=wanted.in_worker)
 
     @contextmanager
     def _ready(self, model_id: str) -> Iterator[Engine]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from common.errors import EngineNotReady
@@ -33,13 +33,23 @@ class Usher:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._engines: dict[str, _Engine] = defaultdict(_Engine)
+        self._joined = 0  # who is bound in the whole worker, inside or waiting: until they leave, all doors are one
 
     @contextmanager
     def enter(
-        self, model_id: str, job_id: str, company: int | None, stop: StopSignal, *, wait: bool = True
+        self,
+        model_id: str,
+        job_id: str,
+        company: int | None,
+        stop: StopSignal,
+        *,
+        wait: bool = True,
+        in_worker: bool = False,
     ) -> Iterator[None]:
         """
         Be in the engine of *model_id* meanwhile, with *company* jobs at most; None = it is no suspect.
+
+        With *in_worker* there are as many in all engines together.
 
         Raises
         ------
@@ -48,20 +58,21 @@ class Usher:
         JobStopped
             The job was told to stop at the door.
         """
-        with self._changed:
-            engine = self._engines[model_id]
-            if not self._may_join(engine, company):
-                if not wait:
-                    raise EngineNotReady(f"The engine of {model_id} is kept for jobs under which it has died.")
-                self._wait(engine, company, stop)
-            engine.inside[job_id] = company
-            engine.unheard.discard(job_id)
-        try:
-            yield
-        finally:
+        with self._doors_joined() if in_worker else nullcontext():
             with self._changed:
-                del engine.inside[job_id]
-                self._changed.notify_all()
+                engine = self._engines[model_id]
+                if not self._may_join(engine, company):
+                    if not wait:
+                        raise EngineNotReady(f"The engine of {model_id} is kept for jobs under which it has died.")
+                    self._wait(engine, company, stop)
+                engine.inside[job_id] = company
+                engine.unheard.discard(job_id)
+            try:
+                yield
+            finally:
+                with self._changed:
+                    del engine.inside[job_id]
+                    self._changed.notify_all()
 
     def died_with(self, model_id: str, job_id: str) -> int:
         """
@@ -89,9 +100,24 @@ class Usher:
         if stop.reason is not None:
             raise JobStopped(stop.reason)
 
-    @staticmethod
-    def _may_join(engine: _Engine, company: int | None) -> bool:
-        return may_join(company, inside=engine.inside.values(), suspects_wait=engine.suspects_waiting > 0)
+    def _may_join(self, engine: _Engine, company: int | None) -> bool:
+        behind = list(self._engines.values()) if self._joined else [engine]
+        return may_join(
+            company,
+            inside=[bound for each in behind for bound in each.inside.values()],
+            suspects_wait=any(each.suspects_waiting for each in behind),
+        )
+
+    @contextmanager
+    def _doors_joined(self) -> Iterator[None]:
+        with self._changed:
+            self._joined += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._joined -= 1
+                self._changed.notify_all()
 
     def _look_again(self) -> None:
         with self._changed:

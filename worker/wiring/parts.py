@@ -16,6 +16,7 @@ from common.redis_job_store import RedisJobStore
 from common.schemas import Ledger
 from common.settings import Settings
 from common.waiting_jobs import RedisWaitingJobs
+from worker.delivery.deaths import Deaths
 from worker.delivery.lease import Lease
 from worker.delivery.revoke import remember_revokes
 from worker.jobs.deadlines import DeadlineSweep
@@ -46,9 +47,11 @@ def open_redis(settings: Settings) -> tuple[RedisClient, RedisClient]:
 
 def lease_of(app: Celery, settings: Settings, owner: str) -> Lease:
     """What tells the others that *owner* lives."""
+    client = connect(settings.redis.url)
     return Lease(
         app=app,
-        client=connect(settings.redis.url),
+        client=client,
+        deaths=Deaths(client, RedisJobStore(client, ttl_s=settings.job.result_ttl_s)),
         owner=owner,
         lease_s=settings.delivery.lease_s,
         visibility_timeout_s=settings.delivery.visibility_timeout_s,

@@ -138,6 +138,7 @@ class _Worker:
                 timeout_s=settings.job.timeout_s,
                 max_attempts=settings.job.max_attempts,
                 max_deaths=settings.job.max_deaths,
+                max_worker_deaths=settings.job.max_worker_deaths,
             ),
             switch_seconds=history.seconds_between,
             stand_in=self._stand_in,

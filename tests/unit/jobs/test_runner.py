@@ -298,6 +298,26 @@ def test_a_job_alone_in_an_engine_that_dies_twice_is_poison() -> None:
     assert [found.company for found in world.store.dead["job"].faults] == [1, 1]
 
 
+@pytest.mark.parametrize("deaths", [1, 2, 3])
+def test_a_job_alone_in_three_workers_that_died_is_poison(deaths: int) -> None:
+    """Their deaths are noted by others; whoever gets it next sets it aside, and does not run it."""
+    world = World()
+    for attempt in range(1, deaths + 1):
+        world.store.begin("job", delivery="tag")
+        gone = f"The worker number {attempt} was gone."
+        death = Fault(at=utc_now(), worker="there", attempt=attempt, kind="WorkerDied", message=gone, company=1)
+        assert world.store.lose("job", death)
+    outcome = world.run()
+
+    if deaths < 3:
+        assert (outcome.state, outcome.ledger.attempt) == (JobState.ANSWERED, deaths + 1)
+        return
+    assert error_of(outcome).kind == "PoisonJob"
+    assert "3 times with this job alone in it, the last time with: The worker number 3" in error_of(outcome).message
+    assert [found.worker for found in world.store.dead["job"].faults] == ["there"] * 3
+    assert (outcome.ledger.attempt, world.engine.calls) == (3, [])
+
+
 def test_a_suspect_waits_for_its_place_and_may_end_meanwhile() -> None:
     """It does not join somebody who is no suspect; cancelled at the door, it never runs."""
     world, stop = World(run_s=LONG_S), StopSignal()

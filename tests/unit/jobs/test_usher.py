@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -28,15 +29,24 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 class Guest:
     """A job that stays in the engine until it is told to leave."""
 
-    def __init__(self, usher: Usher, pool: ThreadPoolExecutor, job_id: str, company: int | None) -> None:
+    def __init__(
+        self,
+        usher: Usher,
+        pool: ThreadPoolExecutor,
+        job_id: str,
+        company: int | None,
+        *,
+        model: str = "small",
+        in_worker: bool = False,
+    ) -> None:
         self.stop = StopSignal()
         self.inside = threading.Event()
         self._leave = threading.Event()
-        self._usher, self._job_id, self._company = usher, job_id, company
+        self._enter = partial(usher.enter, model, job_id, company, self.stop, in_worker=in_worker)
         self.done: Future[None] = pool.submit(self._stay)
 
     def _stay(self) -> None:
-        with self._usher.enter("small", self._job_id, self._company, self.stop):
+        with self._enter():
             self.inside.set()
             assert self._leave.wait(20)
 
@@ -91,6 +101,39 @@ def test_models_have_doors_of_their_own() -> None:
         usher.enter("small", "a", 1, StopSignal(), wait=False),
         usher.enter("large", "b", None, StopSignal(), wait=False),
     ):
+        pass
+
+
+def test_a_suspect_of_the_whole_worker_is_alone_in_all_engines(pool: ThreadPoolExecutor) -> None:
+    """It waits until those of every model have left, and keeps others out; then each model has its own door again."""
+    usher = Usher()
+    with ExitStack() as inside:
+        inside.enter_context(usher.enter("large", "a", None, StopSignal()))
+        with pytest.raises(EngineNotReady), usher.enter("small", "b", 1, StopSignal(), wait=False, in_worker=True):
+            pass
+        with usher.enter("small", "c", None, StopSignal(), wait=False):  # that one does not wait any more
+            pass
+    with usher.enter("small", "b", 1, StopSignal(), wait=False, in_worker=True):
+        for company in (None, 1, 7):
+            with pytest.raises(EngineNotReady), usher.enter("large", "d", company, StopSignal(), wait=False):
+                pass
+    with usher.enter("small", "b", 1, StopSignal(), wait=False), usher.enter("large", "d", None, StopSignal()):
+        pass
+
+
+def test_while_a_suspect_of_the_whole_worker_waits_nobody_else_goes_in(pool: ThreadPoolExecutor) -> None:
+    """At no door: it would wait for ever."""
+    usher = Usher()
+    first = Guest(usher, pool, "first", None)
+    assert first.inside.wait(5)
+    suspect = Guest(usher, pool, "suspect", 1, model="large", in_worker=True)
+    eventually(lambda: usher._engines["large"].suspects_waiting)
+    with pytest.raises(EngineNotReady), usher.enter("middle", "late", None, StopSignal(), wait=False):
+        pass
+    first.leave()
+    assert suspect.inside.wait(5)
+    suspect.leave()
+    with usher.enter("middle", "late", None, StopSignal(), wait=False):
         pass
 
 
