@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 
 from common import keys
 from common.backlog import Place, RedisBacklog
+from common.errors import PromptTooLong, UnknownModel
 from common.estimate_finish import estimate_finish, span
+from common.find_choices import find_choices
 from common.fleet import read_alive, read_offers
 from common.redis_client import RedisClient
-from common.schemas import AUTO, Estimate, Forecast, JobRequest, JobState, JobView
+from common.schemas import Estimate, Forecast, JobRequest, JobState, JobView
 
 
 class Estimates:
@@ -33,18 +35,22 @@ class Estimates:
         return Estimate(low_s=0.0, high_s=forecast.longest_s, model=view.model, switches=0)
 
     def of_request(self, request: JobRequest) -> Estimate | None:
-        """When a job would have ended that is sent now; if the router may choose, the range covers all its choices."""
+        """
+        When a job would have ended that is sent now.
+
+        If the router may choose, the range covers those of its choices that somebody knows of; the others are named.
+        """
         offers = read_offers(self._redis)
         alive = read_alive(self._redis, [offer.worker for offer in offers])
         offered = {m.id: m for offer in offers if offer.worker in alive for m in offer.models if not m.away}
-        name = request.model.casefold()
-        if name == AUTO:
-            models = [model.id for model in offered.values() if model.auto]
-        else:
-            models = [m.id for m in offered.values() if name in {n.casefold() for n in (m.id, *m.aliases)}][:1]
-        found = [self._if_it_came(model, request) for model in models]
-        known = [estimate for estimate in found if estimate is not None]
-        return span(known) if len(known) == len(models) else None
+        try:
+            choices = find_choices(request, list(offered.values()))
+        except (UnknownModel, PromptTooLong):
+            return None
+        found = {model.id: self._if_it_came(model.id, request) for model in choices}
+        unknown = tuple(model for model, estimate in found.items() if estimate is None)
+        told = span([estimate for estimate in found.values() if estimate is not None])
+        return told and told.model_copy(update={"unknown": unknown})
 
     def _if_it_came(self, model: str, request: JobRequest) -> Estimate | None:
         forecast, now = self._ask(model)

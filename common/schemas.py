@@ -362,6 +362,9 @@ class Estimate(_Stored):
     model: str | None = Field(default=None, description="None = the router has not chosen: the range covers its choice")
     ahead: int | None = Field(default=None, description="waiting jobs of its model that are served before it")
     switches: int | None = Field(default=None, description="of models that it is likely to wait for")
+    unknown: tuple[str, ...] = Field(
+        default=(), description="models that the router may choose too, and of which nobody knows: not in the range"
+    )
 
 
 class JobView(_Stored):

@@ -199,7 +199,7 @@ class WorkerWorld:
             ever[resident.model_id] = ever.get(resident.model_id, 0) + resident.in_flight
         self._arrivals.look({m: backlog.count(m) + ever.get(m, 0) for m in self._needs}, now=now)
         counts = {model: backlog.count(model) for model in self._needs}
-        scene = residency.ready_models, residency.switching, self._others
+        scene = residency.ready_models, self._others
         grown = any(count > 2 * self._foretold.get(model, 0) + _FEW for model, count in counts.items())
         if not self._forecaster.is_due(news=grown or scene != self._scene):
             return

@@ -117,7 +117,7 @@ def test_the_command_line_tells_of_a_job(app: Celery, store: RedisJobStore, redi
 def test_a_request_is_told_before_it_is_sent(
     app: Celery, client: JobClient, store: RedisJobStore, redis_client: RedisClient
 ) -> None:
-    """By id or alias; where the router may choose, of all its choices; None where one of them is unknown."""
+    """By id or alias; where the router may choose, of the choices it has; those that nobody knows of are named."""
     for number in range(4):
         send(app, store, f"job {number}", tenant="busy")
     with pytest.raises(InvalidRequest):
@@ -125,9 +125,12 @@ def test_a_request_is_told_before_it_is_sent(
     assert client.estimate({**BODY, "model": "m"}) is None  # no worker is there
     status = RedisStatus(redis_client, ttl_s=60, stream_length=10)
     models = tuple(
-        OfferedModel(id=model, aliases=(f"{model}-latest",), tier=1, complexity_up_to=1, max_model_len=99, auto=auto)
-        for model, auto in (("m", True), ("n", True), ("by name", False))
-    )
+        OfferedModel(
+            id=model, aliases=(f"{model}-latest",), tier=tier, complexity_up_to=tier / 3, max_model_len=99,
+            capabilities=("chat", *more), auto=model != "by name",
+        )
+        for model, tier, more in (("m", 1, ["vision"]), ("n", 3, []), ("o", 3, ["vision"]), ("by name", 2, []))
+    )  # fmt: skip
     status.offer(Offer(worker="w", models=models, at=utc_now()))
     redis_client.set(keys.status("w"), "{}")
     publish_to(redis_client)([forecast("m", 10, 20)])
@@ -138,11 +141,17 @@ def test_a_request_is_told_before_it_is_sent(
     shared = client.estimate({**BODY, "model": "m", "tenant": "another"})  # it shares with the four of the other tenant
     assert shared is not None
     assert shared.ahead == 1
-    assert client.estimate(BODY) is None  # it may be n, of which nobody knows
+    known = client.estimate(BODY)  # m or n; o is as able as n, and comes behind it
+    assert known is not None
+    assert (known.low_s, known.high_s, known.unknown) == (11, 21, ("n",))
     publish_to(redis_client)([forecast("n", 100, 200)])
     either = client.estimate(BODY)
     assert either is not None
-    assert (either.low_s, either.high_s, either.model) == (11, 200, None)
+    assert (either.low_s, either.high_s, either.model, either.unknown) == (11, 200, None, ())
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    seeing = client.estimate({"messages": [{"role": "user", "content": [picture]}]})
+    assert seeing is not None
+    assert (seeing.high_s, seeing.model, seeing.unknown) == (21, "m", ("o",))
     assert client.estimate({**BODY, "model": "nobody"}) is None
 
 

@@ -17,8 +17,8 @@ from worker.state.residency import Level, Residency
 
 _NEWEST = 0.05  # the least weight of the newest job in a mean: about the last twenty count
 _FORGOTTEN = 400  # jobs; of more, the older half counts half
-_WARM = 2  # times that a job takes: by then all places are taken, and end one after the other
-_TURNS = 3  # jobs for each place: fewer say little of how many end in a second
+_WARM = 0.9  # of a usual job's time: the first answers of a turn come then, and find all places taken
+_TURNS = 2  # jobs for each place: fewer say little of how many end in a second
 
 
 @dataclass(slots=True)
@@ -37,19 +37,40 @@ class _Mean:
 
 
 class _AtWork:
-    """Seconds and answers of the time in which jobs waited all along: what a job costs, with all that comes between."""
+    """
+    Seconds and answers of the time in which jobs waited all along: what a job costs, with all that comes between.
+
+    It is counted from an answer to an answer. Where all places end together, a time that ends between two bursts
+    would hold one too many, or too few.
+    """
 
     def __init__(self, job_s: float | None) -> None:
         self._seconds, self._jobs = (job_s * _FORGOTTEN / 2, _FORGOTTEN / 2) if job_s else (0.0, 0.0)
-        self._last: tuple[float, int] | None = None  # the last look: when, and how many were answered by then
+        self._looked_at = -math.inf
+        self._full_since: float | None = None
+        self._last: tuple[float, int] | None = None  # the answer it is counted from: when, and how many there were
 
-    def look(self, answered: int, *, full: bool, now: float) -> None:
-        if full and self._last is not None:
-            self._seconds += now - self._last[0]
+    def look(self, answered: int, last_at: float, *, full_since: float | None, warm_s: float, now: float) -> None:
+        """
+        See at *now* that *answered* jobs were by *last_at*.
+
+        *full_since*: since when jobs could have waited for the model all along, None = none waits; *warm_s*: so long
+        after, its places are taken.
+        """
+        looked_at, self._looked_at = self._looked_at, now
+        if full_since is None:
+            self._full_since = self._last = None
+            return
+        if self._full_since is None:
+            self._full_since = full_since if full_since > looked_at else now
+        if last_at < self._full_since + warm_s:
+            return
+        if self._last is not None:
+            self._seconds += last_at - self._last[0]
             self._jobs += answered - self._last[1]
             if self._jobs > _FORGOTTEN:
                 self._seconds, self._jobs = self._seconds / 2, self._jobs / 2
-        self._last = (now, answered) if full else None
+        self._last = last_at, answered
 
     def job_s(self, least: int) -> float | None:
         return self._seconds / self._jobs if self._jobs >= least else None
@@ -73,9 +94,11 @@ class _Measured:
         self.output_tokens, self.decode_s = said("output_tokens"), said("decode_s")
         self.output_share = said("output_share")
         self.at_work = _AtWork(before.job_s if before else None)
+        self.last_at = -math.inf  # when the newest answer left, in Unix seconds
 
-    def add(self, request: JobRequest, completion: Completion, in_flight: int) -> None:
+    def add(self, request: JobRequest, completion: Completion, in_flight: int, now: float) -> None:
         self.count += 1
+        self.last_at = now
         self.in_flight.add(in_flight)
         self.run_s.add(completion.run_s)
         self.run_s_squared.add(completion.run_s**2)
@@ -120,24 +143,25 @@ class Paces:
         self._elsewhere: Mapping[str, ModelPace] = {}
         self.learn(known)
 
-    def answered(self, model_id: str, request: JobRequest, completion: Completion) -> None:
-        """Note what a job took that has just left its engine."""
+    def answered(self, model_id: str, request: JobRequest, completion: Completion, *, now: float) -> None:
+        """Note what a job took that has left its engine at *now* (Unix seconds)."""
         in_flight = self._in_flight(model_id) + 1
         with self._lock:
-            self._here.setdefault(model_id, _Measured(None)).add(request, completion, in_flight)
+            self._here.setdefault(model_id, _Measured(None)).add(request, completion, in_flight, now)
 
     def look(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
         """See at *now* (Unix seconds) which models are kept busy: jobs wait for them all along."""
         with self._lock:
             for model, found in self._here.items():
                 resident = residency.resident(model)
-                full = (
-                    resident is not None
-                    and resident.level is Level.READY
-                    and backlog.count(model) > 0
-                    and now - resident.since > _WARM * (found.run_s.value or 0.0)
+                full = resident is not None and resident.level is Level.READY and backlog.count(model) > 0
+                found.at_work.look(
+                    found.count,
+                    found.last_at,
+                    full_since=resident.since if resident is not None and full else None,
+                    warm_s=_WARM * (found.run_s.value or 0.0),
+                    now=now,
                 )
-                found.at_work.look(found.count, full=full, now=now)
 
     def learn(self, paces: Iterable[ModelPace]) -> None:
         """Hear what the workers have measured; of each model, the newest that is not ours counts."""

@@ -8,6 +8,7 @@ wrong model. Everything else is the switcher's, its only writer. Readers take a 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,18 +51,21 @@ class ResidencyBoard:
             found = self._residency.resident(model_id)
             if found is None or found.level is not Level.READY:
                 raise EngineNotReady(f"Model {model_id} is not ready on this worker; the job waits in its queue.")
-            self._count(model_id, found.since, 1)
+            begun = time.time()
+            self.put(replace(found, in_flight=found.in_flight + 1, begun=(*found.begun, begun)))
         try:
             yield
         finally:
-            self._count(model_id, found.since, -1)
+            self._leave(model_id, found.since, begun)
 
-    def _count(self, model_id: str, since: float, change: int) -> None:
+    def _leave(self, model_id: str, since: float, begun: float) -> None:
         with self._changed:
             found = self._residency.resident(model_id)
             # The engine may have died under the job, and another one be ready that knows nothing of it.
             if found is not None and found.since == since:
-                self.put(replace(found, in_flight=found.in_flight + change))
+                place = found.begun.index(begun)
+                others = found.begun[:place] + found.begun[place + 1 :]
+                self.put(replace(found, in_flight=found.in_flight - 1, begun=others))
 
     def wait_empty(self, model_id: str, *, timeout_s: float) -> bool:
         """Wait until no job runs on *model_id*; False if *timeout_s* was not enough."""

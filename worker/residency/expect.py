@@ -14,7 +14,7 @@ _SLACK = 3.0  # a load may take this many times what its size says: half of it i
 _SLOW_DISK = 300e6  # bytes/s: a SATA disk; with the slack, whatever reads a third of that
 _WARMEST_FIRST = (Level.ASLEEP_1, Level.ASLEEP_2, Level.SPARE, Level.COLD)
 _FROM_FILES = (Level.SPARE, Level.COLD)
-_PRICED = (SwitchStage.UNLOADING, SwitchStage.LOADING, SwitchStage.VERIFYING)
+PRICED = (SwitchStage.UNLOADING, SwitchStage.LOADING, SwitchStage.VERIFYING)  # what a switch is known to take
 
 
 def average(before: SwitchTime | None, record: SwitchRecord) -> SwitchTime | None:
@@ -24,7 +24,7 @@ def average(before: SwitchTime | None, record: SwitchRecord) -> SwitchTime | Non
     It teaches if the model became ready at the first attempt. What jobs in flight and downloads took is no part of
     it: the one is not lost, the other does not come again.
     """
-    took_s = round(sum(record.stages.get(stage, 0.0) for stage in _PRICED), 4)
+    took_s = round(sum(record.stages.get(stage, 0.0) for stage in PRICED), 4)
     if record.outcome != "ready" or record.attempts != 1 or not took_s:
         return before
     load_s = record.stages.get(SwitchStage.LOADING, 0.0)

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.find_choices import needs_of
 from common.schemas import AUTO, BodyKind, JobRequest, Route
-from worker.routing.route import needs_of
 
 _SERVES = {BodyKind.CHAT: "chat", BodyKind.COMPLETION: "completion"}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.logs import get_logger
 from common.schemas import SwitchRecord, SwitchStage, utc_now
+from worker.residency.expect import PRICED
 from worker.residency.parts import Parts
 from worker.selection.placement import Placement
 from worker.state.residency import Level, Switching
@@ -31,6 +32,7 @@ class Progress:
         self._began = time.monotonic()
         self._stages: dict[SwitchStage, float] = {}
         self._stage: tuple[SwitchStage, float] | None = None
+        self._priced_since: float | None = None
         ready = parts.board.read().ready_models
         self._from = ready[0] if ready else None
 
@@ -81,8 +83,18 @@ class Progress:
         return record
 
     def _show(self, stage: SwitchStage | None) -> None:
+        now = time.time()
+        if stage in PRICED and self._priced_since is None:
+            self._priced_since = now
         self._parts.board.switching(
-            Switching(to_model=self._model_id, epoch=self._epoch, since=time.time(), begun=True, stage=stage)
+            Switching(
+                to_model=self._model_id,
+                epoch=self._epoch,
+                since=now,
+                priced_since=self._priced_since,
+                begun=True,
+                stage=stage,
+            )
         )
 
     def _leave(self) -> None:

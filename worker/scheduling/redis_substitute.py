@@ -10,10 +10,10 @@ from itertools import islice
 
 from common import keys
 from common.backlog import RedisBacklog
+from common.find_choices import can_take
 from common.logs import get_logger
 from common.redis_client import RedisClient
 from common.schemas import AUTO, JobRequest, OfferedModel, Route
-from worker.routing.route import can_take
 from worker.scheduling.rewrite import rewrite
 
 logger = get_logger(__name__)

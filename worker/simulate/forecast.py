@@ -159,7 +159,7 @@ def _play(snapshot: Snapshot, bundle: int, dice: random.Random) -> _Played:
         first=len(jobs),
     )
     begun = sum(start.target is not None for start in starts)
-    one_s = {model: _one_s(snapshot, model) * _noise(spread[model], dice) for model in usual}
+    one_s = {model: one_job_s(snapshot, model) * _noise(spread[model], dice) for model in usual}
     return _Played(run=run, line=line, costs=costs, one_s=one_s, begun=begun, starts=starts)
 
 
@@ -214,10 +214,10 @@ def _emptying_s(snapshot: Snapshot, model: str) -> float:
     k is ln k + 0.6 of them, and the mean is 1.
     """
     spread, at_once = snapshot.spread.get(model, _SPREAD), snapshot.costs[model].max_num_seqs
-    return _one_s(snapshot, model) * (0.5 + spread * max(0.0, math.log(at_once) - 0.9)) if at_once > 1 else 0.0
+    return one_job_s(snapshot, model) * (0.5 + spread * max(0.0, math.log(at_once) - 0.9)) if at_once > 1 else 0.0
 
 
-def _one_s(snapshot: Snapshot, model: str) -> float:
+def one_job_s(snapshot: Snapshot, model: str) -> float:
     """Seconds that one job of the model takes: of those that wait, else of a usual one."""
     found = [pace_of(snapshot.costs[model]).one_s(lane) for lane in _lanes(snapshot, model)]
     return max((one_s for one_s in found if one_s is not None), default=snapshot.usual_s.get(model, 0.0))

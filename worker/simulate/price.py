@@ -16,6 +16,7 @@ from worker.state.pace import Pace
 from worker.state.residency import Level, Residency, Resident
 
 _TOKENS = 1000  # of a job's answer, where only its time is known: the unit does not matter
+_LEFT = 0.1  # of its usual time, at least, of a job that has not ended yet
 _AT_ONCE = 1e12  # tokens a second: takes no time
 
 
@@ -96,10 +97,11 @@ def see_workers(
     ready = [r for r in residency.residents if r.level is Level.READY and r.model_id in priced.costs]
     here = [Start(at_s=now, ready=r.model_id, since_s=r.since, ends_s=_ends([r], priced, now=now)) for r in ready]
     switching = residency.switching
-    if switching is not None and switching.to_model in priced.costs:
+    ended = switching is not None and switching.stage in (SwitchStage.READY, SwitchStage.FAILED)
+    if switching is not None and not ended and switching.to_model in priced.costs:
         coming = Start(at_s=now, target=switching.to_model)
-        if switching.begun and switching.stage not in (None, SwitchStage.DRAINING):
-            ends_at = switching.since + priced.costs[switching.to_model].load_s
+        if switching.priced_since is not None:
+            ends_at = switching.priced_since + priced.costs[switching.to_model].load_s
             coming = replace(coming, target_at_s=max(now, ends_at))
         elif switching.to_model not in residency.beside:
             coming = replace(coming, ends_s=_ends(residency.residents, priced, now=now))
@@ -110,9 +112,9 @@ def see_workers(
 
 
 def _ends(residents: Sequence[Resident], priced: Priced, *, now: float) -> tuple[float, ...]:
-    """When the jobs in flight will end: taken to have begun one after the other, evenly."""
-    return tuple(
-        now + priced.usual_s.get(r.model_id, 0.0) * (n + 1) / (r.in_flight + 1)
-        for r in residents
-        for n in range(r.in_flight)
-    )
+    """When the jobs in flight will end, in that order: their usual time after they began, or shortly."""
+    ends = []
+    for resident in residents:
+        usual_s = priced.usual_s.get(resident.model_id, 0.0)
+        ends += [max(at + usual_s, now + _LEFT * usual_s) for at in resident.begun]
+    return tuple(sorted(ends))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 from common.schemas import Forecast, Foreseen
-from worker.simulate.forecast import Finish, Snapshot
+from worker.simulate.forecast import Finish, Snapshot, one_job_s
 from worker.simulate.policies import pace_of
 
 _NINE_OF_TEN = 1.2816  # standard deviations above the mean
@@ -23,6 +23,7 @@ def tell_forecast(
         waiting = snapshot.backlog.by_model.get(model)
         work_s = sum(pace_of(snapshot.costs[model]).work_s(lane) or 0.0 for lane in waiting.by_class) if waiting else 0
         count = snapshot.backlog.count(model)
+        half_s = one_job_s(snapshot, model) / 2
         share_s = work_s / count if count else snapshot.usual_s.get(model, 0.0) / snapshot.costs[model].max_num_seqs
         yield Forecast(
             model=model,
@@ -30,7 +31,7 @@ def tell_forecast(
             at=datetime.fromtimestamp(snapshot.now, UTC),
             valid_s=valid_s,
             serving=model in serving,
-            points=tuple(_point(finish, snapshot.now) for finish in finishes),
+            points=tuple(_point(finish, snapshot.now, half_s) for finish in finishes),
             next_s=share_s,
             longest_s=longest_s(snapshot, model),
         )
@@ -42,6 +43,12 @@ def longest_s(snapshot: Snapshot, model: str) -> float | None:
     return None if usual_s is None else usual_s * (1 + _NINE_OF_TEN * snapshot.spread.get(model, 0.0))
 
 
-def _point(finish: Finish, now: float) -> Foreseen:
-    low_s, high_s = (round(max(0.0, at - now), 3) for at in (finish.low_at, finish.high_at))
+def _point(finish: Finish, now: float, half_s: float) -> Foreseen:
+    """
+    Give a point of the forecast, wider by half the time of a job, *half_s*, at both ends.
+
+    Where all places end together, so do the jobs that are between two points, and it is not told how far those in
+    flight are when the forecast is read.
+    """
+    low_s, high_s = (round(max(0.0, at - now), 3) for at in (finish.low_at - half_s, finish.high_at + half_s))
     return Foreseen(ahead=finish.ahead, low_s=low_s, high_s=high_s, switches=finish.switches)

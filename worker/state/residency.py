@@ -46,7 +46,8 @@ class Resident:
     since: float  # Unix seconds
     gpus: tuple[int, ...] = ()  # its cards; empty = the host
     host_bytes: int = 0  # what a model on cards takes of the host
-    in_flight: int = 0  # jobs the engine works on
+    in_flight: int = 0  # jobs the engine works on ...
+    begun: tuple[float, ...] = ()  # ... and when each came to it, in Unix seconds; absent = unknown
     smaller: str | None = None  # what it was loaded with instead of its plan, and why; None = as planned
     max_model_len: int | None = None  # tokens, where it was loaded with fewer than planned
 
@@ -72,7 +73,8 @@ class Switching:
 
     to_model: str
     epoch: int
-    since: float  # Unix seconds
+    since: float  # Unix seconds; of its stage, once it has one
+    priced_since: float | None = None  # since when it takes what such switches take: not while it drains or files come
     begun: bool = False  # False = asked for; no thread has taken it up yet
     stage: SwitchStage | None = None  # None = none yet: not begun, or files still come; READY, FAILED = just ended
 

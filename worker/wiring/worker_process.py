@@ -278,7 +278,7 @@ def _both_hear(capacities: Capacities, paces: Paces) -> Callable[[str, JobReques
 
     def hear(model_id: str, request: JobRequest, completion: Completion) -> None:
         capacities.answered(model_id, completion)
-        paces.answered(model_id, request, completion)
+        paces.answered(model_id, request, completion, now=time.time())
 
     return hear
 

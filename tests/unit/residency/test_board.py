@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -68,6 +69,26 @@ def test_a_job_that_fails_leaves_too(board: ResidencyBoard) -> None:
     with pytest.raises(ZeroDivisionError):
         job()
     assert in_flight(board) == 0
+
+
+def test_the_board_says_when_each_job_in_flight_began(board: ResidencyBoard) -> None:
+    """In that order; who leaves is taken out, whoever came first."""
+
+    def begun() -> tuple[float, ...]:
+        found = board.read().resident("small")
+        assert found is not None
+        return found.begun
+
+    first = board.enter("small")
+    first.__enter__()
+    [at] = begun()
+    with board.enter("small"):
+        assert len(begun()) == 2
+        assert begun()[0] == at <= begun()[1] <= time.time()
+        second = begun()[1]
+        first.__exit__(None, None, None)
+        assert begun() == (second,)
+    assert begun() == ()
 
 
 def test_waiting_ends_when_the_last_job_leaves(board: ResidencyBoard) -> None:

@@ -96,6 +96,24 @@ def test_who_is_told_a_stage_reads_it_on_the_board(error: Exception | None, end:
     assert world.residency.switching is None
 
 
+def test_what_a_switch_is_known_to_take_begins_after_its_drain() -> None:
+    """And goes on over all stages that follow: the board says since when."""
+    world = World().with_a_ready()
+    seen: dict[SwitchStage, float | None] = {}
+
+    def listen(stage: SwitchStage, _detail: str) -> None:
+        switching = world.residency.switching
+        assert switching is not None
+        seen[stage] = switching.priced_since
+
+    world.switcher.switch("b", on_stage=listen)
+
+    assert seen.pop(SwitchStage.DRAINING) is None
+    assert len(seen) == 4
+    assert len(set(seen.values())) == 1
+    assert None not in seen.values()
+
+
 def test_the_old_engine_is_ended_only_when_its_jobs_are() -> None:
     """Draining: nobody new gets in, and the last job out opens the way."""
     world = World().with_a_ready()

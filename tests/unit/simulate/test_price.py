@@ -19,7 +19,10 @@ NOW = 1000.0
 TOKENS = Pace(prefill_tokens_per_s=100, decode_tokens_per_s=10, job_s=1.0, at_once=4, output_share=0.5)
 TIMES = Pace(job_s=0.5, at_once=4)
 NOTHING = Residency(capacity=9, max_residents=1, switch_s={"a": 10.0, "b": 20.0})
-READY_A = replace(NOTHING, residents=(Resident(model_id="a", level=Level.READY, bytes=1, since=NOW - 5, in_flight=3),))
+BUSY = Resident(
+    model_id="a", level=Level.READY, bytes=1, since=NOW - 5, in_flight=3, begun=(NOW - 2.5, NOW - 1.5, NOW - 0.5)
+)
+READY_A = replace(NOTHING, residents=(BUSY,))
 
 
 def waiting(**counts: int) -> Backlog:
@@ -69,12 +72,13 @@ def test_each_worker_is_seen_as_it_is() -> None:
     priced = price_backlog(waiting(a=1, b=1), {"a": TIMES, "b": TIMES}, READY_A)
     here, *there = see_workers(READY_A, [["b"], [], ["a", "b"]], priced, now=NOW)
     assert (here.ready, here.since_s, here.target) == ("a", NOW - 5, None)
-    assert here.ends_s == pytest.approx((NOW + 0.5, NOW + 1.0, NOW + 1.5))  # three of 2 s, evenly begun
+    assert here.ends_s == pytest.approx((NOW + 0.2, NOW + 0.5, NOW + 1.5))  # three of 2 s; the first one is overdue
     assert [start.ready for start in there] == ["b", "a", "b", None]
     assert see_workers(NOTHING, [], priced, now=NOW) == (Start(at_s=NOW),)
 
 
 SWITCH = Switching(to_model="b", epoch=1, since=NOW - 7)
+LOADING = replace(SWITCH, begun=True, stage=SwitchStage.LOADING, priced_since=NOW - 7)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +86,15 @@ SWITCH = Switching(to_model="b", epoch=1, since=NOW - 7)
     [
         (SWITCH, set(), None, 3),  # asked for: it waits for the jobs in flight
         (replace(SWITCH, begun=True, stage=SwitchStage.DRAINING), set(), None, 3),
-        (replace(SWITCH, begun=True, stage=SwitchStage.LOADING), set(), NOW + 13, 0),  # 20 s, of which 7 have gone
-        (replace(SWITCH, begun=True, stage=SwitchStage.LOADING), {"b"}, NOW + 13, 0),  # what is ready stays so
+        (replace(SWITCH, begun=True), set(), None, 3),  # files come
+        (LOADING, set(), NOW + 13, 0),  # 20 s, of which 7 have gone
+        (
+            replace(LOADING, stage=SwitchStage.VERIFYING, since=NOW),
+            set(),
+            NOW + 13,
+            0,
+        ),  # a later stage: no more of them
+        (LOADING, {"b"}, NOW + 13, 0),  # what is ready stays so
     ],
 )
 def test_a_switch_under_way_is_waited_for(
@@ -95,6 +106,15 @@ def test_a_switch_under_way_is_waited_for(
     found = see_workers(residency, [], priced, now=NOW)
     assert len(found) == 1 + len(beside)
     assert (found[0].target, found[0].target_at_s, len(found[0].ends_s)) == ("b", target_at, in_flight)
+
+
+@pytest.mark.parametrize("stage", [SwitchStage.READY, SwitchStage.FAILED])
+def test_a_switch_that_has_just_ended_is_waited_for_no_more(stage: SwitchStage) -> None:
+    """It stands on the board for a moment, while its end is told."""
+    residency = replace(READY_A, switching=replace(LOADING, to_model="a", stage=stage))
+    priced = price_backlog(waiting(a=1), {"a": TIMES}, residency)
+    [found] = see_workers(residency, [], priced, now=NOW)
+    assert (found.ready, found.target) == ("a", None)
 
 
 def test_traffic_is_of_usual_jobs() -> None:
