@@ -17,6 +17,8 @@ from worker.demo.tiny_hf import make_tiny_hf
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
+BUSY = 20  # percent of a core
+
 
 @pytest.fixture(scope="module")
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,7 +48,7 @@ def holds_the_model(process: psutil.Process) -> bool:
 
 
 def test_jobs_run_on_vllm_and_survive_its_death(box: Box) -> None:
-    """Chat, completion, a refused body and a prompt that is too long; then kill -9 of vLLM's core in mid-job."""
+    """Chat, completion, a refused body, a prompt that is too long; a cancel, and kill -9 of vLLM's core in mid-job."""
     assert box.events("residency.switched")[0]["to_model"] == "tiny-llama"
     chat = box.send("Hello").get(timeout=60)
     assert chat["object"] == "chat.completion"
@@ -60,10 +62,18 @@ def test_jobs_run_on_vllm_and_survive_its_death(box: Box) -> None:
     refused = box.send(temperature="warm").get(timeout=60, propagate=False)
     assert type(refused).__name__ == "InvalidRequest", refused
 
-    sent = [box.send(f"Long {n}", max_tokens=900, ignore_eos=True) for n in range(4)]
-    eventually(lambda: any(box.client.status(job.id).state is JobState.RUNNING for job in sent), within_s=30)
     tree = psutil.Process(box.worker.container.process.pid).children(recursive=True)
     core = next(process for process in tree if holds_the_model(process))
+    long = box.send("Long", max_tokens=900, n=4, temperature=1, ignore_eos=True)
+    eventually(lambda: core.cpu_percent(interval=0.1) > BUSY, within_s=30, what="vLLM works on it")
+    assert box.client.cancel(long.id)
+    cancelled_s = eventually(lambda: box.client.result(long.id), within_s=10, what="it has ended")
+    eventually(lambda: core.cpu_percent(interval=0.1) < BUSY, within_s=1, what="vLLM works on nothing")
+    assert box.client.status(long.id).state is JobState.CANCELLED
+    assert cancelled_s < 1
+
+    sent = [box.send(f"Long {n}", max_tokens=900, ignore_eos=True) for n in range(4)]
+    eventually(lambda: any(box.client.status(job.id).state is JobState.RUNNING for job in sent), within_s=30)
     core.kill()
     results = [job.get(timeout=240) for job in sent]
     assert max(r["ledger"]["attempt"] for r in results) == 2

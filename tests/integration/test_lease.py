@@ -99,7 +99,7 @@ def test_what_ran_in_a_process_that_died_hears_of_it_and_in_what_company(
     for job_id in (first, second):
         [fault] = store.view(job_id).faults
         assert (fault.kind, fault.worker, fault.attempt, fault.company) == ("WorkerDied", "there", 1, 2)
-        assert fault.message == "The worker there was gone; it ran 2 at once, this job among them."
+        assert fault.message == "The worker there was gone; it ran 2 jobs at once, this one among them."
         assert store.view(job_id).state is JobState.ROUTED
     for job_id in (back, id_of(fetched)):
         assert store.view(job_id).faults == ()

@@ -41,6 +41,7 @@ class Deaths:
             return
         company = self._company(owner, len(running))
         name = owner.rsplit(".", 2)[0]  # behind it the process and the start
+        ran = "this job alone" if company == 1 else f"{company} jobs at once, this one among them"
         for job_id, attempt in running.items():
             if not company:
                 self._store.hand_back(job_id, attempt=attempt)
@@ -50,7 +51,7 @@ class Deaths:
                 worker=name,
                 attempt=attempt,
                 kind=WorkerDied.__name__,
-                message=f"The worker {name} was gone; it ran {company} at once, this job among them.",
+                message=f"The worker {name} was gone; it ran {ran}.",
                 company=company,
             )
             if self._store.lose(job_id, fault):
