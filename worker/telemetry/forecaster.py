@@ -14,14 +14,10 @@ from common.redis_client import RedisClient
 from common.schemas import Forecast
 from worker.simulate.forecast import Snapshot, forecast_backlog
 from worker.simulate.tell import tell_forecast
+from worker.telemetry.rest import Rest
 
 logger = get_logger(__name__)
 
-_SHARE = 30  # a forecast is followed by so many times its own time of rest: it takes 3 % of one core
-_SHARE_OF_NEWS = 10  # likewise, where there are news
-_NEWS_S = 0.2  # at least, then
-_REST_S = 1.0  # at least, while jobs wait
-_IDLE_S = 5.0  # likewise, while none does
 _MARGIN_S = 10.0  # how much longer than until the next one a forecast is good for
 
 
@@ -43,13 +39,13 @@ class Forecaster(threading.Thread):
         self._publish = publish
         self._wanted: tuple[Snapshot, Collection[str]] | None = None
         self._changed = threading.Condition()
-        self._due_at = self._news_at = 0.0  # monotonic: from when on one is due, with news or without
+        self._rest = Rest()
         self._busy = False
         self._ending = False
 
     def is_due(self, *, news: bool) -> bool:
         """Is it time for the next forecast? Sooner, if there are *news*: much is not as it was in the last one."""
-        return not self._busy and time.monotonic() >= (self._news_at if news else self._due_at)
+        return not self._busy and time.monotonic() >= (self._rest.news_at if news else self._rest.due_at)
 
     def want(self, snapshot: Snapshot, models: Collection[str]) -> None:
         """Foresee this, and tell what concerns *models*."""
@@ -72,15 +68,14 @@ class Forecaster(threading.Thread):
             self._busy = False
 
     def _tell(self, snapshot: Snapshot, models: Collection[str]) -> None:
-        began = time.monotonic()
+        began, cost_s = time.monotonic(), -time.thread_time()  # others may run meanwhile: that is no cost of ours
         found = forecast_backlog(snapshot)
-        ended = time.monotonic()
+        cost_s += time.thread_time()
         waits = any(waiting.count for waiting in snapshot.backlog.by_model.values())
-        rest_s = max(_REST_S if waits else _IDLE_S, _SHARE * (ended - began))
-        self._due_at = ended + rest_s
-        self._news_at = ended + max(_NEWS_S, _SHARE_OF_NEWS * (ended - began))
+        self._rest = self._rest.after(began=began, ended=time.monotonic(), cost_s=cost_s, waits=waits)
         told = {model: finishes for model, finishes in found.items() if model in models}
-        self._publish(tell_forecast(told, snapshot, worker=self._worker, valid_s=rest_s + _MARGIN_S))
+        valid_s = self._rest.due_at - began + _MARGIN_S
+        self._publish(tell_forecast(told, snapshot, worker=self._worker, valid_s=valid_s))
 
     def end(self) -> None:
         """Stop after the forecast under way."""
