@@ -16,7 +16,7 @@ from worker.state.pace import Pace
 from worker.state.residency import Level, Residency
 
 _NEWEST = 0.05  # the least weight of the newest job in a mean: about the last twenty count
-_FORGOTTEN = 400  # jobs; of more, the older half counts half
+_FORGOTTEN = 400  # jobs, or twice as many as say something; of more, the older half counts half
 _WARM = 0.9  # of a usual job's time: the first answers of a turn come then, and find all places taken
 _TURNS = 2  # jobs for each place: fewer say little of how many end in a second
 
@@ -46,16 +46,19 @@ class _AtWork:
 
     def __init__(self, job_s: float | None) -> None:
         self._seconds, self._jobs = (job_s * _FORGOTTEN / 2, _FORGOTTEN / 2) if job_s else (0.0, 0.0)
+        self._enough = job_s is not None
         self._looked_at = -math.inf
         self._full_since: float | None = None
         self._last: tuple[float, int] | None = None  # the answer it is counted from: when, and how many there were
 
-    def look(self, answered: int, last_at: float, *, full_since: float | None, warm_s: float, now: float) -> None:
+    def look(
+        self, answered: int, last_at: float, *, full_since: float | None, warm_s: float, least: int, now: float
+    ) -> None:
         """
         See at *now* that *answered* jobs were by *last_at*.
 
         *full_since*: since when jobs could have waited for the model all along, None = none waits; *warm_s*: so long
-        after, its places are taken.
+        after, its places are taken; *least*: so many jobs say something.
         """
         looked_at, self._looked_at = self._looked_at, now
         if full_since is None:
@@ -68,12 +71,14 @@ class _AtWork:
         if self._last is not None:
             self._seconds += last_at - self._last[0]
             self._jobs += answered - self._last[1]
-            if self._jobs > _FORGOTTEN:
+            self._enough = self._enough or self._jobs >= least
+            if self._jobs > max(_FORGOTTEN, 2 * least):
                 self._seconds, self._jobs = self._seconds / 2, self._jobs / 2
         self._last = last_at, answered
 
-    def job_s(self, least: int) -> float | None:
-        return self._seconds / self._jobs if self._jobs >= least else None
+    @property
+    def job_s(self) -> float | None:
+        return self._seconds / self._jobs if self._enough else None
 
 
 class _Measured:
@@ -160,6 +165,7 @@ class Paces:
                     found.last_at,
                     full_since=resident.since if resident is not None and full else None,
                     warm_s=_WARM * (found.run_s.value or 0.0),
+                    least=_TURNS * self._at_once(model) if full else 0,
                     now=now,
                 )
 
@@ -191,7 +197,7 @@ class Paces:
             at_once=self._at_once(model),
             in_flight=found.in_flight.value or 0.0,
             run_s=run_s,
-            job_s=found.at_work.job_s(least=_TURNS * self._at_once(model)),
+            job_s=found.at_work.job_s,
             deviation_s=math.sqrt(max(0.0, (found.run_s_squared.value or 0.0) - run_s**2)),
             prompt_tokens=found.prompt_tokens.value,
             prefill_s=found.prefill_s.value,

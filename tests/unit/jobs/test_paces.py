@@ -121,6 +121,17 @@ def test_what_a_job_costs_is_seen_while_others_wait(jobs: int, look_at: float) -
     assert paces.known(["m"])["m"].job_s == pytest.approx(0.13, rel=0.001)
 
 
+def test_what_a_job_costs_is_seen_of_a_large_engine_and_not_forgotten() -> None:
+    """256 at once, a few turns: known, and told at once after the next start."""
+    paces = make_paces(at_once=256)
+    turns = Turns(paces, at_once=256)
+    for number in range(2):
+        turns.turn(2048, since=1000.0 * number, look_at=0.1, wave_s=2.0)
+    [kept] = paces.unsaved()
+    assert kept.job_s == pytest.approx(2.0 / 256)
+    assert make_paces(kept, at_once=256).known(["m"])["m"].job_s == pytest.approx(2.0 / 256)
+
+
 def test_what_a_job_costs_is_seen_where_they_end_one_by_one() -> None:
     """Four places, times of jobs scattered by half their mean of 0.5 s: 2 % of 0.125 s after two thousand."""
     dice, paces = random.Random(1), make_paces()
