@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from datetime import UTC, datetime
-from statistics import mean, pstdev
+from statistics import mean, median, pstdev
 
 import pytest
 
@@ -75,36 +75,45 @@ def traffic_of(world: World) -> dict[str, Traffic]:
 
 
 class Asked:
-    """How many of the jobs that were asked for ended within the range that a producer is told."""
+    """How many of the jobs that were asked for ended within the range that a producer is told, and how wide it is."""
 
     def __init__(self) -> None:
-        self.jobs = self.inside = 0
+        self.held: list[bool] = []
+        self.unmoved: list[bool] = []  # of the jobs that end when they would if none came after them
+        self.widths: list[float] = []  # of the time to the later end
 
-    def ask(self, world: World, run: Run, now: float, **changes: object) -> None:
+    def ask(self, world: World, now: float, **changes: object) -> None:
         """Ask for three jobs of each model: the first in line, one in the middle, the last."""
+        run = world.run()
+        alone = World(jobs=[job for job in world.jobs if job.arrival_s <= now], costs=world.costs).run()
         snapshot, line = snapshot_of(world, run, now, **changes)
         told = {f.model: f for f in tell_forecast(forecast_backlog(snapshot), snapshot, worker="w", valid_s=1)}
         for model, numbers in line.items():
             for ahead in {0, len(numbers) // 2, len(numbers) - 1} if numbers else ():
                 found = estimate_finish(told[model], ahead=ahead, now=datetime.fromtimestamp(now, UTC))
                 assert found is not None
-                self.jobs += 1
-                self.inside += found.low_s <= run.ends[numbers[ahead]] - now <= found.high_s
+                job = numbers[ahead]
+                self.held.append(found.low_s <= run.ends[job] - now <= found.high_s)
+                self.widths.append((found.high_s - found.low_s) / found.high_s)
+                if run.ends[job] - now == pytest.approx(alone.ends[job] - now, rel=0.01):
+                    self.unmoved.append(self.held[-1])
 
 
 def test_four_of_five_jobs_end_within_the_range_that_is_told() -> None:
     """
     Asked when the last job of each trace has come; the times of jobs are scattered by half their mean, or more.
 
-    At least 75 % end within the range of 10 to 90 %, over all traces together.
+    At least 75 % end within the range of 10 to 90 %, over all traces together; half of the ranges are no wider than
+    40 % of their later end.
     """
     asked = Asked()
     for kind in KINDS:
         for seed in range(4):
             world = noisy(make_world(seed, kind, count=200), 0.5)
-            asked.ask(world, world.run(), max(job.arrival_s for job in world.jobs))
-    assert asked.jobs > 60
-    assert asked.inside / asked.jobs >= 0.75
+            asked.ask(world, max(job.arrival_s for job in world.jobs))
+    assert len(asked.held) > 60
+    assert mean(asked.held) >= 0.75
+    assert median(asked.widths) <= 0.4
 
 
 def test_the_range_holds_while_jobs_keep_coming() -> None:
@@ -112,9 +121,20 @@ def test_the_range_holds_while_jobs_keep_coming() -> None:
     asked = Asked()
     for seed in range(5):
         world = noisy(make_world(seed, "steady", count=300), 0.5)
-        asked.ask(world, world.run(), world.jobs[150].arrival_s, traffic=traffic_of(world))
-    assert asked.jobs > 25
-    assert asked.inside / asked.jobs >= 0.75
+        asked.ask(world, world.jobs[150].arrival_s, traffic=traffic_of(world))
+    assert len(asked.held) > 25
+    assert mean(asked.held) >= 0.75
+
+
+@pytest.mark.parametrize("kind", ["bursts", "bursts of one model"])
+def test_the_range_holds_but_for_jobs_that_a_burst_to_come_moves(kind: str) -> None:
+    """Nobody can know of those: of the others at least 75 % end within it, asked in the middle of ten traces."""
+    asked = Asked()
+    for seed in range(10):
+        world = noisy(make_world(seed, kind, count=300), 0.5)
+        asked.ask(world, world.jobs[150].arrival_s, traffic=traffic_of(world))
+    assert len(asked.unmoved) > 25
+    assert mean(asked.unmoved) >= 0.75
 
 
 def test_the_range_holds_for_a_long_backlog_that_is_played_in_bundles() -> None:
@@ -122,9 +142,9 @@ def test_the_range_holds_for_a_long_backlog_that_is_played_in_bundles() -> None:
     asked = Asked()
     for seed in range(5):
         world = noisy(make_world(seed, "at once", count=1500), 0.5)
-        asked.ask(world, world.run(), max(job.arrival_s for job in world.jobs))
-    assert asked.jobs > 30
-    assert asked.inside / asked.jobs >= 0.75
+        asked.ask(world, max(job.arrival_s for job in world.jobs))
+    assert len(asked.held) > 30
+    assert mean(asked.held) >= 0.75
 
 
 def test_a_job_behind_another_model_waits_for_its_switch() -> None:
