@@ -113,8 +113,9 @@ class _Played:
         place = ahead * len(line) / count
         job = line[int(place)]
         start, end = self.run.starts[job], self.run.ends[job]
-        if len(line) < count:  # a bundle: its jobs start one after the other, and each takes its own time
-            start += (place - int(place)) * (end - start)
+        if len(line) < count:  # a bundle: each of its jobs takes its own time ...
+            if self.costs[model].max_num_seqs == 1:  # ... and they start one after the other
+                start += (place - int(place)) * (end - start)
             end = start + self.one_s[model]
         return end, self._switches(start)
 
@@ -134,13 +135,14 @@ class _Played:
 
 def _play(snapshot: Snapshot, bundle: int, dice: random.Random) -> _Played:
     """Run it once, with other dice for each job, pace and switch."""
-    usual = _coarse(snapshot) if bundle > 1 else snapshot.costs
+    usual = _coarse(snapshot, bundle) if bundle > 1 else snapshot.costs
     spread = {model: snapshot.spread.get(model, _SPREAD) for model in usual}
+    of_bundle = {m: spread[m] / (1 if cost.max_num_seqs > 1 else math.sqrt(bundle)) for m, cost in usual.items()}
     jobs = [
         job
         for model, waiting in snapshot.backlog.by_model.items()
         for lane in waiting.by_class
-        for job in jobs_of(lane, model, now=snapshot.now, sizes=_sizes(lane.count, bundle, spread[model], dice))
+        for job in jobs_of(lane, model, now=snapshot.now, sizes=_sizes(lane.count, bundle, of_bundle[model], dice))
     ]
     jobs.sort(key=lambda job: job.arrival_s)
     queues = {model: Queue(jobs, bytearray(len(jobs)), snapshot.max_wait_s, by_arrival=False) for model in usual}
@@ -180,16 +182,24 @@ def jobs_of(lane: Lane, model: str, *, now: float, sizes: Sequence[float]) -> li
     ]
 
 
-def _coarse(snapshot: Snapshot) -> Mapping[str, ModelCosts]:
+def _coarse(snapshot: Snapshot, bundle: int) -> Mapping[str, ModelCosts]:
     """
-    The costs for bundles: one after the other, as fast as single jobs go through all places together.
+    The costs for bundles, which go through all places together as fast as their jobs would.
 
-    What a turn loses at its end, while its places fall empty one by one, is a part of each switch.
+    Where there are places for two bundles, the jobs of one run side by side. Else they run one after the other, and
+    what a turn loses at its end, while its places fall empty one by one, is a part of each switch.
     """
-    emptying = [_emptying_s(snapshot, model) for model in snapshot.costs if snapshot.backlog.count(model)]
-    lost_s = sum(emptying) / len(emptying)
+    places = {model: max(1, cost.max_num_seqs // bundle) for model, cost in snapshot.costs.items()}
+    waits = [model for model in snapshot.costs if snapshot.backlog.count(model)]
+    lost_s = sum(_emptying_s(snapshot, model) for model in waits if places[model] == 1) / len(waits)
     found = {}
     for model, cost in snapshot.costs.items():
+        if places[model] > 1:
+            wider = cost.max_num_seqs / places[model]
+            found[model] = cost.model_copy(
+                update={"max_num_seqs": places[model], "decode_tokens_per_s": cost.decode_tokens_per_s * wider}
+            )
+            continue
         lanes, pace = _lanes(snapshot, model), pace_of(cost)
         one_by_one = sum(replace(pace, at_once=1).work_s(lane) or 0.0 for lane in lanes)
         together = sum(pace.work_s(lane) or 0.0 for lane in lanes)
@@ -231,7 +241,7 @@ def _lanes(snapshot: Snapshot, model: str) -> tuple[Lane, ...]:
 def _sizes(count: int, bundle: int, spread: float, dice: random.Random) -> list[float]:
     """Roll the shares of *count* jobs, played as bundles."""
     bundles = math.ceil(count / bundle)
-    return [_noise(spread / math.sqrt(bundle), dice) / bundles for _ in range(bundles)]
+    return [_noise(spread, dice) / bundles for _ in range(bundles)]
 
 
 def _coming(snapshot: Snapshot, costs: Mapping[str, ModelCosts], bundle: int, dice: random.Random) -> list[TracedJob]:

@@ -193,3 +193,12 @@ def test_a_long_backlog_is_played_in_bundles() -> None:
         )  # fmt: skip
         for found in forecast_backlog(snapshot)["a"][-5:]:
             assert found.middle_at == pytest.approx(10 + (found.ahead + 1) / at_once, rel=0.05)
+
+
+def test_the_jobs_of_a_bundle_run_side_by_side_in_a_large_engine() -> None:
+    """960 jobs of 1 s, 64 at a time, played four in one: 15 waves after 10 s of loading, and each job in its own."""
+    jobs = [make_job(n, "a") for n in range(960)]
+    world = World(jobs=jobs, costs={"a": make_costs(at_once=64)})
+    snapshot, _ = snapshot_of(world, world.run(), 0.0, spread={"a": 0.0})
+    for found in forecast_backlog(snapshot)["a"]:
+        assert found.middle_at == pytest.approx(10 + found.ahead // 64 + 1, rel=0.1)
