@@ -218,7 +218,8 @@ class JobClient:
 
         The range holds for 8 of 10 jobs. None = nobody knows: the job has ended or is not routed yet, no worker is
         there, or a model whose turn comes before was never measured. For a request that leaves the choice to the
-        router, the range covers all models that it may choose; once sent and routed, it is that of the chosen one.
+        router, the range covers the models that it may choose, but for those of which nobody knows: `unknown` names
+        them. Once sent and routed, it is that of the chosen one.
 
         Raises
         ------
