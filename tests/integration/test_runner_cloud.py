@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from celery.exceptions import Ignore
 from common import keys
 from common.backlog import PLACE_HEADER, Place, RedisBacklog
 from common.celery_app import create_app
+from common.errors import EngineNotReady
 from common.job_store import MemoryJobStore
-from common.schemas import JobRequest, JobState, Outcome, Route
+from common.schemas import Fault, JobRequest, JobState, Outcome, Route, utc_now
 from common.settings import Settings
 from tests.factories import make_placement
 from tests.fakes.endpoint import ANSWER, Endpoint
@@ -25,6 +27,7 @@ from worker.engines.remote import RemoteEngine
 from worker.jobs.cloud_lane import StandIn
 from worker.jobs.failures import HandBack, JobLimits, StaysHere
 from worker.jobs.runner import JobRunner
+from worker.jobs.seats import Seat
 from worker.residency.board import ResidencyBoard
 from worker.residency.may_leave import Cloud
 from worker.tasks import add_generate_task
@@ -144,6 +147,20 @@ def test_an_endpoint_that_fails_under_a_job_too_often_ends_it(world: World) -> N
     assert outcome.error is not None
     assert outcome.error.kind == "AttemptsExhausted"
     assert "boom" in outcome.error.message
+
+
+def test_whose_workers_died_is_alone_at_the_endpoint_too_and_whose_engine_died_is_not(world: World) -> None:
+    """What the endpoint says may kill a worker; of what an engine here died, it says nothing."""
+    runner, request = world.runner(), JobRequest.parse(BODY)
+
+    def enter(job_id: str, *kinds: str) -> AbstractContextManager[Seat]:
+        deaths = [Fault(at=utc_now(), worker="here", attempt=1, kind=kind, message="gone", company=1) for kind in kinds]
+        return runner.enter(job_id, request, ROUTE, StopSignal(), job_id, faults=deaths or None)
+
+    with enter("suspect", "WorkerDied", "WorkerDied"), pytest.raises(EngineNotReady), enter("other"):
+        pass
+    with enter("suspect", "EngineDied"), enter("other"):
+        pass
 
 
 def test_an_endpoint_that_is_not_there_is_looked_for_before_the_first_job(world: World) -> None:
