@@ -3,18 +3,21 @@ What do the policies do with made-up traces? Makes the tables of docs/scheduling
 
     python bench/scheduling_table.py [--seeds 100] [--write docs/scheduling.md]
 
-The traces are those of the tests (tests/traces.py): 3-6 models, loads of 0.7-0.95, 20-1,600 jobs.
+The traces are those of the tests (tests/traces.py): 3-6 models, loads of 0.7-0.95, 20-1,600 jobs; beside the lower
+bound (tests/lower_bound.py), 2,000 jobs or those of an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tests.lower_bound import lower_bound_s
 from tests.traces import KINDS, MAX_WAIT_S, World, make_starvation, make_world
 from worker.simulate.policies import PolicyName
 from worker.simulate.report import Report
@@ -29,7 +32,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--write", type=Path)
     given = parser.parse_args()
-    text = "\n".join([*examples(), "", *against_collation(range(given.seeds))])
+    seeds = range(given.seeds)
+    text = "\n".join([*examples(), "", *against_collation(seeds), "", *against_the_bound(seeds)])
     if given.write is None:
         sys.stdout.write(text + "\n")
         return
@@ -84,6 +88,40 @@ def row(kind: str, pairs: Sequence[tuple[Report, Report]]) -> str:
     late = [sum(report.bound_violations > 0 for report in reports) for reports in zip(*pairs, strict=True)]
     cells = len(pairs), len(worse), within, f"{100 * (p95 - 1):+.1f} %", f"{100 * (makespan - 1):+.1f} %"
     return f"| {kind} | {' | '.join(map(str, cells))} | {late[0]} (collation {late[1]}) |"
+
+
+_ALLOWED = 1.10  # of what no schedule can beat
+_LONG = 15_000  # traces of more jobs are left out, lest it takes long
+
+
+def against_the_bound(seeds: Sequence[int]) -> Iterator[str]:
+    """Lay out how the makespan compares with what no schedule can beat, by jobs at once."""
+    arriving = [kind for kind in KINDS if kind != "at once"]
+    yield "| traces, by jobs at once | 1 | 4 | 16 | 64 |"
+    yield "| --- | --- | --- | --- | --- |"
+    yield over_the_bound("2,000 jobs, all there", (make_world(seed, "at once", count=2000) for seed in seeds))
+    short = (make_world(seed, kind, count=2000) for kind in arriving for seed in seeds)
+    yield over_the_bound("2,000 jobs, arriving", short)
+    long = (make_world(seed, kind, lasts_s=3600) for kind in arriving for seed in seeds)
+    yield over_the_bound("arriving for an hour, none over the bound", long, kept=True)
+
+
+def over_the_bound(name: str, worlds: Iterable[World], *, kept: bool = False) -> str:
+    """Sum up the makespans of one kind, as ratios to the bound: the mean, the worst, how many over 1.10."""
+    ratios: dict[int, list[float]] = {1: [], 4: [], 16: [], 64: []}
+    for world in worlds:
+        if len(world.jobs) > _LONG:
+            continue
+        found = world.report()
+        if not (kept and found.bound_violations):
+            ratios[world.costs["m0"].max_num_seqs].append(found.makespan_s / lower_bound_s(world))
+    cells = (
+        f"{mean(some):.2f}, at worst {max(some):.2f}; {sum(one > _ALLOWED for one in some)} of {len(some)} over 1.10"
+        if some
+        else ""
+        for some in ratios.values()
+    )
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -58,11 +58,14 @@ def make_job(number: int, model: str, arrival_s: float = 0.0, *, size: float = 1
 KINDS = ("steady", "bursts", "bursts of one model", "at once")
 
 
-def make_world(seed: int, kind: str, *, load: float | None = None, count: int | None = None) -> World:
+def make_world(
+    seed: int, kind: str, *, load: float | None = None, count: int | None = None, lasts_s: float | None = None
+) -> World:
     """
     3-6 models with loads of 2-90 s, wakes of 0.5-10 s, jobs of 0.1-20 s, 1-64 at once.
 
     *load* is the share of the time that the jobs take with all places taken, switches apart; 0.7-0.95 unless given.
+    There are 20-1,600 jobs, or *count*, or as many as come in about *lasts_s*.
     """
     dice = random.Random(f"{seed} {kind}")
     load = load or dice.uniform(0.7, 0.95)
@@ -82,6 +85,8 @@ def make_world(seed: int, kind: str, *, load: float | None = None, count: int | 
     weights = [dice.expovariate(1) + 0.02 for _ in models]
     spread = dice.choice((0.0, 0.7, 1.0))
     rate = load * sum(weights) / sum(w * job_s[m] / at_once for m, w in zip(models, weights, strict=True))
+
+    count = count if lasts_s is None else int(rate * lasts_s)
 
     jobs: list[TracedJob] = []
     at, left, model = 0.0, 0, models[0]

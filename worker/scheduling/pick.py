@@ -19,7 +19,8 @@ _SWITCHING = 0.2  # share of the time that switches for urgency, or out of a tur
 _PATIENCE = 0.25  # ... until somebody has waited for that share of the bound; then it is _SMALL
 _PAYS = 10.0  # a detour must gain this many times its price in seconds of waiting ...
 _SMALL = 0.05  # ... and take at most this share of what it interrupts, and its switches this share of the turn
-_RARE = 0.1  # a detour to a model that steady traffic keeps away may take this share of the turn so far
+_RARE = 0.1  # a detour to a model that steady traffic keeps away may take this share of the turn so far ...
+_FAR_LESS = 1 / 3  # ... and those it delays have waited, with it, for this share at most of what that model's have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,9 @@ def _stay_or_leave(
         if _pays(other, current, lasted_s):
             return _turn(other, f"{other.count} short jobs wait: serving them first costs {current.model_id} little")
         if _is_kept_away(other, current, drain_s, lasted_s, now):
-            return _turn(other, f"a job has waited {now - other.oldest_at:.0f} s, all of {current.model_id} came later")
+            return _turn(
+                other, f"a job has waited {now - other.oldest_at:.0f} s, all of {current.model_id} came long after"
+            )
     why = f"{current.count} of its jobs wait and it is ready"
     return _turn(current, why, until=until, overload=_overload(go, stay))
 
@@ -233,14 +236,15 @@ def _pays(other: Load, current: Load, lasted_s: float) -> bool:
 
 
 def _is_kept_away(other: Load, current: Load, drain_s: float, lasted_s: float, now: float) -> bool:
-    """Does *other* wait behind jobs that came after it, and is a detour to all of its jobs short beside the turn?"""
+    """Does *other* wait behind jobs that came long after it, and is a detour to all of its jobs short?"""
     if other.work_s is None or other.job_class > current.job_class:
         return False
     detour_s = drain_s + other.switch_s + other.work_s + current.switch_s
+    waited_s = now - other.oldest_at
     return (
         detour_s <= _RARE * lasted_s
-        and other.oldest_at < current.oldest_at
-        and now - other.oldest_at > _PATIENCE * other.groups[0].bound_s
+        and now - current.oldest_at + detour_s <= _FAR_LESS * waited_s
+        and waited_s > _PATIENCE * other.groups[0].bound_s
     )
 
 
