@@ -342,6 +342,33 @@ def test_the_bound_of_a_lane_is_its_own() -> None:
     assert turn(None).model_id == "a"
 
 
+@pytest.mark.parametrize(
+    ("lane", "model_id", "reason"),
+    [
+        (Lane(count=1, oldest_at=NOW - 39.5, max_wait_s=50), "b", "a job has waited 40 s, the bound is 50 s"),
+        (Lane(count=1, oldest_at=NOW - 39.5, deadline_at=NOW + 11.5), "a", "500 of its jobs wait and it is ready"),
+    ],
+)
+def test_a_lane_s_bound_is_kept_though_others_are_late_and_a_deadline_waits_for_its_price(
+    lane: Lane, model_id: str, reason: str
+) -> None:
+    """Both are due at the same moment, and batch jobs are late anyway; the turn has not paid for the switches yet."""
+    ready = Resident(model_id="a", level=Level.READY, bytes=1, since=NOW - 40)
+    residency = Residency(capacity=9, max_residents=1, residents=(ready,), switch_s={"a": 10.0, "b": 10.0})
+    batch = Lane(count=500, oldest_at=NOW - 700, priority=9)
+    backlog = Backlog(
+        by_model={
+            "a": Waiting(count=500, oldest_at=batch.oldest_at, lanes=(batch,)),
+            "b": Waiting(count=1, oldest_at=lane.oldest_at, lanes=(lane,)),
+        }
+    )
+    turn = pick_turn(
+        backlog, residency, ["a", "b"], now=NOW, max_wait_s=MAX_WAIT_S, min_turn_s=MIN_TURN_S,
+        known=Knowledge(paces={"a": Pace(job_s=1.0), "b": Pace(job_s=1.0)}),
+    )  # fmt: skip
+    assert (turn.model_id, turn.reason) == (model_id, reason)
+
+
 def test_a_short_detour_pays() -> None:
     """Two hundred jobs of 10 ms instead of behind 200 s of others; not while the turn has not paid for it."""
     ready = Resident(model_id="a", level=Level.READY, bytes=1, since=NOW - 1000)
