@@ -51,7 +51,7 @@ def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
 def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
     """
     120 jobs of three models, asked while they wait: at least 75 % of the ranges hold, switches and all, and half of
-    them are no wider than 30 % of their later end.
+    them are no wider than 25 % of their later end.
 
     Before, a turn of each has passed, so that paces and switches are known; until then nobody knows.
     """
@@ -63,8 +63,7 @@ def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
         for job in [box.client.submit({**body, "model": model}) for _ in range(24)]:
             box.client.wait(job, 60)
 
-    # The first is for the model that is ready: a look before the others have come would leave it.
-    jobs = [box.client.submit({**body, "model": MODELS[-1 - n % 3]}) for n in range(120)]
+    jobs = [box.client.submit({**body, "model": MODELS[n % 3]}) for n in range(120)]
     eventually(lambda: box.client.status(jobs[-1]).state is JobState.ROUTED, within_s=20, what="all are routed")
     routed_at, redis = utc_now(), connect(box.url)
 
@@ -88,8 +87,10 @@ def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
     ]
     assert mean(holds) >= 0.75, "\n".join(_shown(told, ended))
     wide = [(found.high_s - found.low_s) / found.high_s for _, found in told.values()]
-    assert median(wide) <= 0.3, "\n".join(_shown(told, ended))  # of the time to its later end
-    assert {found.switches for _, found in told.values()} >= {0, 1, 2}
+    assert median(wide) <= 0.25, "\n".join(_shown(told, ended))  # of the time to its later end
+    switches = {found.switches for _, found in told.values()}
+    assert switches >= {1, 2}
+    assert switches & {0, 3}  # the model that was ready comes first, or last if a look found nobody waiting for it
     assert before is not None
     assert before.high_s > 1.5
     assert asyncio.run(box.client.aestimate(jobs[0])) is None  # it has ended
