@@ -99,18 +99,38 @@ def test_a_fork_takes_less_memory_than_the_host_and_itself_apart(
     assert loaded.rss_bytes < resident
 
 
+@pytest.mark.parametrize("part", [0, -1], ids=["application", "core"])
 def test_an_engine_that_hangs_is_found_and_replaced(
-    engine: VllmHostEngine, models: tuple[Placement, Placement]
+    engine: VllmHostEngine, models: tuple[Placement, Placement], part: int
 ) -> None:
-    """Its process is there, so the state says ready; asked for readiness, it must answer."""
+    """Its processes are there, so the state says ready; asked for readiness, both must answer."""
     loaded = engine.ensure_ready(models[0], timeout_s=START_S)
-    os.kill(loaded.pids[0], signal.SIGSTOP)
+    os.kill(loaded.pids[part], signal.SIGSTOP)
 
     again = engine.ensure_ready(models[0], timeout_s=30)
 
-    assert not psutil.pid_exists(loaded.pids[0])
+    assert not any(psutil.pid_exists(pid) for pid in loaded.pids)
     assert again.pids != loaded.pids
     assert ask(engine, "one").completion_tokens == 4
+
+
+@pytest.mark.parametrize("part", [0, -1], ids=["application", "core"])
+def test_neither_half_of_an_engine_outlives_the_other(
+    engine: VllmHostEngine, models: tuple[Placement, Placement], part: int
+) -> None:
+    """Whichever is killed: the job under way fails at once, as the engine's death, and both are gone."""
+    loaded = engine.ensure_ready(models[0], timeout_s=START_S)
+    processes = [psutil.Process(pid) for pid in loaded.pids]
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(ask, engine, "one", tokens=CONTEXT - 100)
+        eventually(lambda: any(each.cpu_percent(interval=0.1) > 20 for each in processes), within_s=20)
+
+        processes[part].kill()
+
+        with pytest.raises(EngineDied):
+            job.result(timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
 
 
 def test_a_load_that_is_told_to_stop_ends_at_once(engine: VllmHostEngine, models: tuple[Placement, Placement]) -> None:
@@ -151,7 +171,8 @@ def test_engines_die_with_the_host_and_a_new_host_comes(
     assert host is not None
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(ask, engine, "one", tokens=CONTEXT - 100)
-        eventually(lambda: psutil.Process(loaded.pids[0]).cpu_percent(interval=0.1) > 20, within_s=20)
+        busy = [psutil.Process(pid) for pid in loaded.pids]
+        eventually(lambda: any(each.cpu_percent(interval=0.1) > 20 for each in busy), within_s=20)
 
         host.kill()
 

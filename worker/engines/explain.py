@@ -23,6 +23,7 @@ _OUT_OF_MEMORY = re.compile(
     r"|less than desired \w+ memory utilization|No available memory for the cache blocks"
     r"|KV\s+cache is needed, which is larger than|cudaMalloc failed: out of memory"
     r"|(failed|unable) to allocate .*buffer|std::bad_alloc"
+    r"|Failed core proc\(s\): \{'EngineCore': -9\}"  # the kernel has killed it
 )
 KILLED = 128 + 9  # the exit code of a process that SIGKILL ended, as the guard hands it on
 
@@ -44,7 +45,7 @@ def explain_failure(log: str) -> str:
         return "It printed nothing."
 
     # (1) An exception.
-    raised = [i for i, line in enumerate(lines) if _RAISED.match(line) and not any(g in line for g in _GENERIC)]
+    raised = [i for i, line in enumerate(lines) if _RAISED.match(line) and not says_nothing(line)]
     if raised:
         start = raised[-1]
         following = lines[start + 1 : start + 1 + DETAIL_LINES]
@@ -58,6 +59,11 @@ def explain_failure(log: str) -> str:
 
     # (3) Anything.
     return _joined(lines[-MAX_LINES:])
+
+
+def says_nothing(line: str) -> bool:
+    """Does it only say that another process has failed?"""
+    return any(generic in line for generic in _GENERIC)
 
 
 def ran_out_of_memory(log: str, exit_code: int | None) -> bool:

@@ -1,25 +1,19 @@
 """
-The engine: vLLM's own application and vLLM's own engine in one process, with a channel in place of HTTP.
+The engine: vLLM's own application over vLLM's own engine core, with a channel in place of HTTP.
 
-The only module that imports vLLM; it runs in vLLM's Python, forked from the engine host. vLLM's application
-(chat templates, tools, structured outputs, every error) is called as the server would call it, so the answers
-are the server's. The engine's loop has a thread of its own in the same process: vLLM's server has three
-processes for it, and on two cores that halves what a small model reaches.
+It runs in vLLM's Python, forked from the engine host. vLLM's application (chat templates, tools, structured outputs,
+every error) is called as the server would call it, so the answers are the server's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import os
-import queue
-import signal
 import socket
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any, NoReturn
@@ -32,22 +26,16 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 
 from worker.engines import vllm_sleep
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
+from worker.engines.vllm_core import LOST, die_with, use_own_core
 from worker.engines.vllm_routes import answer_directly
-from worker.engines.whole_answers import WholeAnswers
 
 _PARSER = make_arg_parser(FlexibleArgumentParser())
-_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
-_TOLD_STEP_BY_STEP = ("logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids")
-_LOST = 70  # exit code: the engine's loop failed, its log says why (EX_SOFTWARE)
 
 Send = Callable[[Frame], None]
 
@@ -62,7 +50,7 @@ def become(connection: socket.socket, order: Order) -> NoReturn:
         uvloop.run(_serve(connection, order))
     except BaseException as error:  # noqa: BLE001 - whatever it is, the worker must hear of it
         traceback.print_exc()
-        code = _LOST
+        code = LOST
         with contextlib.suppress(OSError):
             connection.setblocking(True)
             connection.sendall(pack(Frame(Kind.FAILED, body=f"{type(error).__name__}: {error}".encode())))
@@ -76,10 +64,7 @@ def _leave_home(order: Order) -> None:
     """Become a process of its own: its session, its environment, its folder, its log."""
     host = os.getppid()
     os.setsid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != host:
-        os._exit(_LOST)  # the host went before we could ask to go with it
+    die_with(host)
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -97,8 +82,7 @@ async def _serve(connection: socket.socket, order: Order) -> None:
     args = _PARSER.parse_args(order.arguments)
     validate_parsed_serve_args(args)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    # The one seam: vLLM has no name for "asyncio, in this process" (core_client.py, make_client).
-    EngineCoreClient.make_async_mp_client = staticmethod(_make_core)
+    use_own_core(theirs=[connection])
     engine = AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
@@ -113,148 +97,9 @@ async def _serve(connection: socket.socket, order: Order) -> None:
     _, requests = await asyncio.get_running_loop().create_connection(
         lambda: _Requests(app, engine, gone), sock=connection
     )
-    await engine.engine_core.ask(lambda: None)
+    await engine.is_sleeping()  # its loop answers
     requests.send(Frame(Kind.READY))
     await gone
-
-
-def _make_core(*, vllm_config: Any, executor_class: Any, log_stats: bool, **_: object) -> _Core:
-    return _Core(vllm_config, executor_class, log_stats)
-
-
-class _Core(InprocClient):
-    """
-    vLLM's engine core in a thread of its own, as `AsyncLLM` wants to see it.
-
-    Between two steps the thread takes what the event loop has put into its queue. A step that fails ends the
-    process: nothing of it could be trusted afterwards, and the worker notices at once.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._loop = asyncio.get_running_loop()
-        self._orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        self._whole = WholeAnswers()  # the engine's thread alone touches it
-        self.resources = _Resources()
-        threading.Thread(target=self._run, name="engine-core", daemon=True).start()
-
-    def ask(self, question: Callable[[], object]) -> asyncio.Future[Any]:
-        """Have the engine's thread answer *question* between two steps."""
-        answer: asyncio.Future[Any] = self._loop.create_future()
-
-        def settle(setter: Callable[[Any], object], value: object) -> None:
-            if not answer.done():
-                setter(value)
-
-        def order() -> None:
-            try:
-                found = question()
-            except Exception as error:  # noqa: BLE001 - it is the asker's
-                self._loop.call_soon_threadsafe(settle, answer.set_exception, error)
-            else:
-                self._loop.call_soon_threadsafe(settle, answer.set_result, found)
-
-        self._orders.put(order)
-        return answer
-
-    async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Hand a request to the engine; what is wrong with it is raised here."""
-        prepared, wave = self.engine_core.preprocess_add_request(request)
-
-        def add() -> None:
-            if _wants_only_the_end(request):
-                self._whole.expect(request.request_id)
-            self.engine_core.add_request(prepared, wave)
-
-        self._orders.put(add)
-
-    async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Have the engine forget these requests before its next step."""
-
-        def abort() -> None:
-            self._whole.forget(request_ids)
-            self.engine_core.abort_requests(request_ids)
-
-        if request_ids:
-            self._orders.put(abort)
-
-    async def get_output_async(self) -> EngineCoreOutputs:
-        """Wait for what a step gave."""
-        return await self._outputs.get()
-
-    async def get_supported_tasks_async(self) -> Any:
-        """See `EngineCoreClient`."""
-        return self.get_supported_tasks()
-
-    async def reset_mm_cache_async(self) -> None:
-        """See `EngineCoreClient`."""
-        await self.ask(self.reset_mm_cache)
-
-    async def collective_rpc_async(self, *args: Any) -> Any:
-        """See `EngineCoreClient`."""
-        return await self.ask(lambda: self.collective_rpc(*args))
-
-    async def sleep_async(self, *args: Any) -> None:
-        """See `EngineCoreClient`."""
-        await self.ask(lambda: self.sleep(*args))
-
-    async def wake_up_async(self, *args: Any) -> bool:
-        """See `EngineCoreClient`."""
-        awake: bool = await self.ask(lambda: self.wake_up(*args))
-        return awake
-
-    async def reset_prefix_cache_async(self, *args: Any) -> bool:
-        """See `EngineCoreClient`."""
-        done: bool = await self.ask(lambda: self.reset_prefix_cache(*args))
-        return done
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._take_orders()
-                self._step()
-        except BaseException:  # noqa: BLE001 - see the class
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(_LOST)
-
-    def _take_orders(self) -> None:
-        """Take all that is there; wait for some if there is nothing else to do."""
-        core = self.engine_core
-        while True:
-            has_work = core.scheduler.has_requests() or bool(core.batch_queue)
-            try:
-                order = self._orders.get(block=not has_work)
-            except queue.Empty:
-                return
-            order()
-
-    def _step(self) -> None:
-        outputs, executed = self.engine_core.step_fn()
-        self.engine_core.post_step(executed)
-        if outputs:
-            step = outputs[0]  # 0: the one client
-            step.outputs = self._whole.join(step.outputs)
-            if step.outputs:
-                self._loop.call_soon_threadsafe(self._outputs.put_nowait, step)
-
-
-def _wants_only_the_end(request: EngineCoreRequest) -> bool:
-    """Is nothing to be said, looked at or decided before this request has its last token?"""
-    params = request.sampling_params
-    return (
-        params is not None
-        and params.output_kind == RequestOutputKind.FINAL_ONLY
-        and not params.stop
-        and all(getattr(params, name, None) is None for name in _TOLD_STEP_BY_STEP)
-    )
-
-
-class _Resources:
-    """What `AsyncLLM.errored` looks at; an engine that is dead has no process here."""
-
-    engine_dead = False
 
 
 class _Requests(asyncio.Protocol):
@@ -263,7 +108,6 @@ class _Requests(asyncio.Protocol):
     def __init__(self, app: Any, engine: AsyncLLM, gone: asyncio.Future[None]) -> None:
         self._app = app
         self._engine = engine
-        self._core: _Core = engine.engine_core
         self._gone = gone
         self._loop = asyncio.get_running_loop()
         self._unpacker = Unpacker()
@@ -331,7 +175,7 @@ class _Requests(asyncio.Protocol):
         self.send(Frame(Kind.ANSWER, frame.number, b"%d\n%b" % (call.status, call.content)))
 
     async def _pong(self, number: int) -> None:
-        await self._core.ask(lambda: None)
+        await self._engine.is_sleeping()
         self.send(Frame(Kind.ANSWER, number, b"200\n"))
 
     async def _tell(self, number: int, work: Coroutine[Any, Any, None]) -> None:

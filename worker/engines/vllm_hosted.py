@@ -21,7 +21,7 @@ from common.errors import EngineDied, EngineFailed, EngineTimeout, LoadFailed, O
 from worker.engines import guard
 from worker.engines.base import Loaded
 from worker.engines.channel import Frame, Kind, Order
-from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory
+from worker.engines.explain import KILLED, explain_failure, ran_out_of_memory, says_nothing
 from worker.engines.measure import read_vllm
 from worker.engines.vllm_link import Link
 from worker.selection.placement import Placement
@@ -199,7 +199,7 @@ class HostedEngine:
             return LoadFailed(f"{self.name} was stopped while it was loading.")
         log = self._log_text()
         killed = " It was killed, perhaps by the kernel for want of memory: `dmesg` says so." if code == KILLED else ""
-        why = f"It said: {said.rstrip('.')}." if said else explain_failure(log)
+        why = f"It said: {said.rstrip('.')}." if said and not says_nothing(said) else explain_failure(log)
         message = f"{self.name} ended while it was loading (exit code {code}).{killed} {why} Its whole log: {self.log}."
         return OutOfMemory(message) if ran_out_of_memory(f"{said}\n{log}", code) else LoadFailed(message)
 
