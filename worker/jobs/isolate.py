@@ -13,7 +13,7 @@ them alone; between, the same holds, but that the company is that of the whole w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from common.errors import WorkerDied
@@ -75,9 +75,11 @@ def isolate(
     return Again(company=company, in_worker=bool(in_worker[1:]), pause_s=pause_s, reason=reason)
 
 
-def may_join(company: int | None, *, inside: Iterable[int | None], suspects_wait: bool) -> bool:
+def may_join(company: int | None, *, inside: int, suspects: Collection[int], suspects_wait: bool) -> bool:
     """
-    May a job join those in an engine? *company* is its own bound, *inside* are theirs; None = no suspect.
+    May a job join those in an engine?
+
+    *company* is its own bound, None = it is no suspect; *suspects* are the bounds of the suspects among *inside* jobs.
 
     The questions, in order:
 
@@ -85,11 +87,9 @@ def may_join(company: int | None, *, inside: Iterable[int | None], suspects_wait
     2. Is somebody no suspect? Not beside him, for the same reason.
     3. Otherwise               As far as everybody's bound goes, its own among them.
     """
-    bounds = list(inside)
     if company is None:
-        return not suspects_wait and all(bound is None for bound in bounds)
-    suspects = [bound for bound in bounds if bound is not None]
-    return len(suspects) == len(bounds) and len(bounds) < min([company, *suspects])
+        return not suspects_wait and not suspects
+    return len(suspects) == inside and inside < min([company, *suspects])
 
 
 def _times(count: int) -> str:

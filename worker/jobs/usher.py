@@ -21,7 +21,8 @@ _LOOK_S = 1.0  # a wait is over when somebody leaves or a stop is told; this is 
 class _Engine:
     """Who is in one model's engine, and who is at its door."""
 
-    inside: dict[str, int | None] = field(default_factory=dict)  # job id -> its bound
+    inside: set[str] = field(default_factory=set)  # job ids
+    suspects: dict[str, int] = field(default_factory=dict)  # those of them that have a bound, and which
     suspects_waiting: int = 0
     died_with: int = 0  # at the last death
     unheard: set[str] = field(default_factory=set)  # of those, who has not asked about it yet
@@ -65,13 +66,16 @@ class Usher:
                     if not wait:
                         raise EngineNotReady(f"The engine of {model_id} is kept for jobs under which it has died.")
                     self._wait(engine, company, stop)
-                engine.inside[job_id] = company
+                engine.inside.add(job_id)
+                if company is not None:
+                    engine.suspects[job_id] = company
                 engine.unheard.discard(job_id)
             try:
                 yield
             finally:
                 with self._changed:
-                    del engine.inside[job_id]
+                    engine.inside.remove(job_id)
+                    engine.suspects.pop(job_id, None)
                     self._changed.notify_all()
 
     def died_with(self, model_id: str, job_id: str) -> int:
@@ -104,7 +108,8 @@ class Usher:
         behind = list(self._engines.values()) if self._joined else [engine]
         return may_join(
             company,
-            inside=[bound for each in behind for bound in each.inside.values()],
+            inside=sum(len(each.inside) for each in behind),
+            suspects=[bound for each in behind for bound in each.suspects.values()],
             suspects_wait=any(each.suspects_waiting for each in behind),
         )
 

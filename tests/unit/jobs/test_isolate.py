@@ -127,7 +127,8 @@ def test_suspects_are_among_themselves_in_the_company_that_each_may_have(
     company: int | None, inside: Sequence[int | None], *, suspects_wait: bool, joins: bool
 ) -> None:
     """And nobody else comes near them."""
-    assert may_join(company, inside=inside, suspects_wait=suspects_wait) is joins
+    suspects = [bound for bound in inside if bound is not None]
+    assert may_join(company, inside=len(inside), suspects=suspects, suspects_wait=suspects_wait) is joins
 
 
 @dataclass
@@ -153,9 +154,11 @@ class Engine:
             self.dice.shuffle(waiting)
             for job in list(waiting):
                 suspects_wait = any(self.again(other).company is not None for other in waiting)
-                bounds = [self.again(other).company for other in inside]
+                suspects = [bound for other in inside if (bound := self.again(other).company) is not None]
                 mine = self.again(job).company
-                if len(inside) < self.places and may_join(mine, inside=bounds, suspects_wait=suspects_wait):
+                if len(inside) < self.places and may_join(
+                    mine, inside=len(inside), suspects=suspects, suspects_wait=suspects_wait
+                ):
                     waiting.remove(job)
                     inside.append(job)
             assert inside, "nobody may go in, and nobody is there"
