@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -129,6 +130,31 @@ def run_script(client: RedisClient, script: str, key_count: int, *keys_and_args:
         return client.evalsha(digest(script), key_count, *keys_and_args)
     except NoScriptError:
         return client.eval(script, key_count, *keys_and_args)
+
+
+def run_for_each(
+    client: RedisClient, script: str, calls: Sequence[tuple[Sequence[Any], Sequence[Any]]], *then: Any
+) -> list[Any]:
+    """
+    Run a Lua script once for each of *calls* (its keys, its arguments), and the command *then* after them, in one round
+    trip; the text is sent only to a Redis that does not know it. Raises the first error that one of them met.
+    """
+    with client.pipeline(transaction=False) as pipe:
+        for names, args in calls:
+            pipe.evalsha(digest(script), len(names), *names, *args)
+        if then:
+            pipe.execute_command(*then)
+        replies: list[Any] = pipe.execute(raise_on_error=False)[: len(calls)]
+    unknown = [number for number, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if unknown:
+        client.script_load(script)
+        again = run_for_each(client, script, [calls[number] for number in unknown], *then)
+        for number, reply in zip(unknown, again, strict=True):
+            replies[number] = reply
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
 
 
 def without_password(url: str) -> str:

@@ -4,6 +4,7 @@ Runs a Celery worker in this process, with our pool, our lanes and our shutdown.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -103,6 +104,7 @@ class ConsumerProcess:
             queues.deselect(queue)
         signals.setup_logging.connect(_leave_logging_alone, weak=False)
         signals.worker_ready.connect(self._listen_for_the_end, weak=False)
+        signals.worker_ready.connect(_spare_the_collector, weak=False)
         hear_drain()
         register("json", kombu_json.dumps, read_json, content_type="application/json", content_encoding="utf-8")
         self._lease.start()
@@ -175,6 +177,12 @@ def _take_nothing(consumer: Any) -> None:
         queues.deselect(queue)
         if consumer.task_consumer is not None:
             consumer.task_consumer.cancel_by_queue(queue)
+
+
+def _spare_the_collector(**_: Any) -> None:
+    """Hide what stays until the end from the garbage collector: its looks took a quarter of a busy process."""
+    gc.collect()
+    gc.freeze()
 
 
 def _leave_logging_alone(**_: Any) -> None:

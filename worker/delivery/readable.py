@@ -67,7 +67,7 @@ def check_message(headers: object, body: str | bytes, *, content_type: object, e
             raise InvalidRequest(
                 f"The message is {content_type!r:.60} in {encoding!r:.60}; only JSON in UTF-8 is read."
             )
-        found = json.loads(body, parse_constant=_no_number)
+        found = _JSON.decode(body if isinstance(body, str) else body.decode())
         if not isinstance(found, list) or len(found) != len((_ARGUMENTS, _NAMED, _EMBEDDED)):
             raise InvalidRequest(f"The message cannot be read: {_SHAPE}.")
         if not isinstance(found[_ARGUMENTS], list) or not isinstance(found[_NAMED], dict):
@@ -94,3 +94,6 @@ def job_id_of(headers: object) -> str | None:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON's")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_number)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from celery import Celery, states
@@ -21,7 +22,7 @@ from common.backlog_scripts import LIBRARY
 from common.bounds import Bounds
 from common.job_ends import END, HOLD, end_args, end_keys, hold_args
 from common.may_enter import Entry
-from common.redis_client import RedisClient
+from common.redis_client import RedisClient, run_for_each
 from common.schemas import JobState, Outcome, utc_now
 
 # KEYS: outcome, job's hash, unacked, unacked_index, unacked_owner, held, tenants, the backlog to put it into.
@@ -132,46 +133,43 @@ class RedisSteps:
         self._max_bytes = max_bytes
         self._bounds: Bounds | None = app.conf.broker_transport_options.get("bounds")
         self._result_ttl_s = int(self._backend.expires or ttl_s)
-        self._route = client.register_script(_ROUTE)
-        self._begin = client.register_script(_BEGIN)
-        self._end = client.register_script(_END)
 
     def route(self, jobs: Sequence[Routed], *, now: float) -> list[int]:
         """Put each job's message into its backlog and acknowledge the one it came with: 1, 0 or -1, see _ROUTE."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job in jobs:
-                fields = [part for pair in job.fields.items() for part in pair]
-                self._route(
-                    keys=[
-                        keys.outcome(job.job_id), keys.job(job.job_id), *_DELIVERIES, keys.HELD, keys.TENANTS,
-                        keys.backlog(job.queue),
-                    ],
-                    args=[
-                        job.delivery, self._owner, json.dumps(job.message), self._ttl_s, now, job.job_id,
-                        *hold_args(job.entry), place_json(job.message, now=now, bounds=self._bounds), *fields,
-                    ],
-                    client=pipe,
-                )  # fmt: skip
-            pipe.xadd(keys.WAKE, {"q": ""}, maxlen=8, approximate=False)
-            return [int(found) for found in pipe.execute()[:-1]]
+        calls = [
+            (
+                [
+                    keys.outcome(job.job_id), keys.job(job.job_id), *_DELIVERIES, keys.HELD, keys.TENANTS,
+                    keys.backlog(job.queue),
+                ],
+                [
+                    job.delivery, self._owner, json.dumps(job.message), self._ttl_s, now, job.job_id,
+                    *hold_args(job.entry), place_json(job.message, now=now, bounds=self._bounds),
+                    *chain.from_iterable(job.fields.items()),
+                ],
+            )
+            for job in jobs
+        ]  # fmt: skip
+        wake = "XADD", keys.WAKE, "MAXLEN", 8, "*", "q", ""
+        return [int(found) for found in run_for_each(self._redis, _ROUTE, calls, *wake)]
 
     def begin(self, jobs: Mapping[str, str], *, hostname: str) -> dict[str, Begun | None]:
         """Start an attempt of each job (id -> delivery), on *hostname* as Celery tells it; None where it must not."""
         started = {"pid": os.getpid(), "hostname": hostname}
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job_id, delivery in jobs.items():
-                self._begin(
-                    keys=[
-                        keys.outcome(job_id), keys.cancel(job_id), keys.job(job_id), keys.UNACKED, keys.stream(job_id),
-                        self._backend.get_key_for_task(job_id),
-                    ],
-                    args=[
-                        delivery, self._ttl_s, JobState.RUNNING,
-                        _meta(job_id, states.STARTED, started), self._result_ttl_s,
-                    ],
-                    client=pipe,
-                )  # fmt: skip
-            found = pipe.execute()
+        calls = [
+            (
+                [
+                    keys.outcome(job_id), keys.cancel(job_id), keys.job(job_id), keys.UNACKED, keys.stream(job_id),
+                    self._backend.get_key_for_task(job_id),
+                ],
+                [
+                    delivery, self._ttl_s, JobState.RUNNING.value, _meta(job_id, states.STARTED, started),
+                    self._result_ttl_s,
+                ],
+            )
+            for job_id, delivery in jobs.items()
+        ]  # fmt: skip
+        found = run_for_each(self._redis, _BEGIN, calls)
         return {
             job_id: Begun(attempt=int(reply[0]), queued_at=float(reply[1]) if reply[1] else None) if reply else None
             for job_id, reply in zip(jobs, found, strict=True)
@@ -180,19 +178,14 @@ class RedisSteps:
     def end(self, jobs: Sequence[Ended]) -> list[bool]:
         """Store each job's outcome and acknowledge its message; False where nothing has changed, see _END."""
         done_at = utc_now().isoformat()
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job in jobs:
-                job_id, parent = job.outcome.job_id, {"parent_id": job.parent_id} if job.parent_id else {}
-                result = _meta(job_id, states.SUCCESS, job.outcome.result(), date_done=done_at, **parent)
-                self._end(
-                    keys=[*end_keys(job_id), *_DELIVERIES, self._backend.get_key_for_task(job_id)],
-                    args=[
-                        *end_args(job.outcome, ttl_s=self._ttl_s, max_bytes=self._max_bytes),
-                        job.delivery, self._owner, result, self._result_ttl_s,
-                    ],
-                    client=pipe,
-                )  # fmt: skip
-            return [bool(found) for found in pipe.execute()]
+        calls = []
+        for job in jobs:
+            job_id, parent = job.outcome.job_id, {"parent_id": job.parent_id} if job.parent_id else {}
+            result = _meta(job_id, states.SUCCESS, job.outcome.result(), date_done=done_at, **parent)
+            names = [*end_keys(job_id), *_DELIVERIES, self._backend.get_key_for_task(job_id)]
+            kept = end_args(job.outcome, ttl_s=self._ttl_s, max_bytes=self._max_bytes)
+            calls.append((names, [*kept, job.delivery, self._owner, result, self._result_ttl_s]))
+        return [bool(found) for found in run_for_each(self._redis, _END, calls)]
 
 
 def _meta(job_id: str, status: str, result: Mapping[str, Any], **more: str) -> str:
