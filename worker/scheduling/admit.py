@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Jobs that stand behind what an engine works on, so that it never waits for the next one: as many as end while others
-# are fetched, and of what it works on at least a share, at most as many again.
+# are fetched; at least and at most so many times what it works on.
 _REFILL_S = 1.0
-_BEHIND = 0.25
+_LEAST_BEHIND, _MOST_BEHIND = 0.25, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ def admit_jobs(engines: Sequence[Capacity], *, otherwise: int) -> Admission:
     Decide how many jobs to take from the queues of the models that are ready.
 
     An engine works on as many as it has places for, and as have room in its KV pool, going by how long jobs were
-    lately; where no job was measured yet, its places count. A quarter more stand behind them; where jobs are so short
-    that many end in a second, as many again. What waits beyond that waits in its queue, where it can be counted,
-    ordered, cancelled and given to another worker.
+    lately; where no job was measured yet, its places count. A quarter more stand behind them; where jobs are shorter
+    than a few seconds, as many as end in one second. What waits beyond that waits in its queue, where it can be
+    counted, ordered, cancelled and given to another worker.
 
     *otherwise* is the answer where nothing is ready.
     """
@@ -71,4 +71,6 @@ def _room(engine: Capacity) -> Admission:
 
 def _behind(job_s: float | None) -> float:
     """The share of what an engine works on that stands behind it."""
-    return _BEHIND if job_s is None else max(_BEHIND, _REFILL_S / max(job_s, _REFILL_S))
+    if job_s is None:
+        return _LEAST_BEHIND
+    return max(_LEAST_BEHIND, _REFILL_S / max(job_s, _REFILL_S / _MOST_BEHIND))
