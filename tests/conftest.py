@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pynvml
 import pytest
+from hypothesis import HealthCheck, settings
 
 from common.redis_client import RedisClient, connect
 from worker.embedded_redis import EmbeddedRedis
 from worker.hardware.nvml import NvmlReader
+
+# How long a machine takes is not what a property is about.
+settings.register_profile("shiftworker", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shiftworker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
