@@ -42,13 +42,14 @@ class Sender:
         def publish() -> None:
             channel = producer.channel  # RabbitMQ's has no way to send many in one piece
             with channel.together() if isinstance(channel, Channel) else nullcontext():
-                for job_id, request in jobs:
+                for number, (job_id, request) in enumerate(jobs):
                     self._app.send_task(
                         keys.SUBMIT_TASK,
                         args=[request.model_dump(mode="json", exclude_none=True)],
                         task_id=job_id,
                         queue=keys.SUBMIT_QUEUE,
                         producer=producer,
+                        declare=[] if number else None,  # the queue, with the first of them
                         retry=False,  # of a message; all of them together are tried again
                         argsrepr=f"({request.kind.name.lower()}, {len(request.text)} characters)",
                         kwargsrepr="{}",

@@ -30,7 +30,7 @@ from worker.supervisor import Supervisor
 _MODEL = "bench-tiny"
 _LENGTH = 512  # tokens
 _READY_S = 300.0
-_LOOK_S = 0.1
+_LOOK_S = 0.02
 _LOOKED_AT = 100  # outcomes at once
 _WARMING = 8  # prompts before the clock starts, as in generate_main
 _TRIED_PROMPTS = 200  # enough to tell which form of the baseline is the fastest
