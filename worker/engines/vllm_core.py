@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from multiprocessing import connection
+from multiprocessing import connection, parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -35,7 +35,7 @@ def use_own_core(theirs: Collection[socket.socket]) -> None:
     """Have `AsyncLLM` fork its core as this module says; *theirs* is not the core's to keep open."""
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # nothing is imported anew
     os.environ["VLLM_RPC_BASE_PATH"] = "."  # of their sockets: our folder's name may be longer than one may be
-    Core.served, Core.theirs = os.getpid(), theirs
+    Core.theirs = theirs
     core.EngineCoreProc = Core
     EngineCoreClient.make_async_mp_client = staticmethod(_Client)
 
@@ -65,8 +65,7 @@ def _end_with(processes: Iterable[BaseProcess]) -> None:
 class Core(core.EngineCoreProc):
     """The engine's end."""
 
-    served: int  # the pid of the application
-    theirs: Collection[socket.socket]
+    theirs: Collection[socket.socket] = ()
     step_fn: Callable[[], tuple[Mapping[int, EngineCoreOutputs] | None, bool]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,10 +76,12 @@ class Core(core.EngineCoreProc):
     @staticmethod
     def run_engine_core(*args: Any, **kwargs: Any) -> None:
         """See EngineCoreProc."""
-        die_with(Core.served)
+        if (parent := parent_process()) is not None and parent.pid is not None:
+            die_with(parent.pid)
         signal.set_wakeup_fd(-1)  # the event loop's
         for mine in Core.theirs:
             mine.close()
+        core.EngineCoreProc = Core  # under WSL vLLM does not fork: this is a fresh process then
         super(Core, Core).run_engine_core(*args, **kwargs)
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
