@@ -137,23 +137,35 @@ def run_for_each(
 ) -> list[Any]:
     """
     Run a Lua script once for each of *calls* (its keys, its arguments), and the command *then* after them, in one round
-    trip; the text is sent only to a Redis that does not know it. Raises the first error that one of them met.
+    trip; the text is sent only to a Redis that does not know it.
+
+    What fails is tried again as *client* does with a command, without what has been done already; then the first error
+    is raised.
     """
-    with client.pipeline(transaction=False) as pipe:
-        for names, args in calls:
-            pipe.evalsha(digest(script), len(names), *names, *args)
-        if then:
-            pipe.execute_command(*then)
-        replies: list[Any] = pipe.execute(raise_on_error=False)[: len(calls)]
-    unknown = [number for number, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-    if unknown:
-        client.script_load(script)
-        again = run_for_each(client, script, [calls[number] for number in unknown], *then)
-        for number, reply in zip(unknown, again, strict=True):
-            replies[number] = reply
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
+    replies: list[Any] = [NoScriptError()] * len(calls)
+
+    def run() -> None:
+        left = [number for number, reply in enumerate(replies) if isinstance(reply, Exception)]
+        with client.pipeline(transaction=False) as pipe:
+            for number in left:
+                names, args = calls[number]
+                pipe.evalsha(digest(script), len(names), *names, *args)
+            if then:
+                pipe.execute_command(*then)
+            for number, reply in zip(left, pipe.execute(raise_on_error=False), strict=False):
+                replies[number] = reply
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+
+    def run_known() -> None:
+        try:
+            run()
+        except NoScriptError:
+            client.script_load(script)
+            run()
+
+    client.get_retry().call_with_retry(run_known, lambda _error: None)
     return replies
 
 
