@@ -83,37 +83,35 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
     """Give *app* the task that runs one routed job on its model's engine."""
 
     @app.task(bind=True, shared=False, name=keys.GENERATE_TASK, throws=(ShiftworkerError,))
-    def generate(task: Task, request: dict[str, Any], route: dict[str, Any]) -> Any:
+    def generate(task: Task, *args: Any, **fields: Any) -> Any:
         job_id: str = task.request.id
-        chosen = Route.model_validate(route)
-        bound = structlog.contextvars.bound_contextvars(job_id=job_id, model_id=chosen.model)
-        with bound, given_back_without_redis(job_id):
+        with structlog.contextvars.bound_contextvars(job_id=job_id), given_back_without_redis(job_id):
             try:
-                outcome = runner.run(
-                    job_id,
-                    JobRequest.parse(request),
-                    chosen,
-                    delivery=(task.request.properties or {}).get("delivery_tag", job_id),
-                    stop=signal_of(job_id),
-                )
-            except HandBack:
-                raise Reject(requeue=True) from None
-            except RouteAgain:
-                raise task.replace(_submit_signature(app, request)) from None
-            except StaysHere:
-                stays = chosen.model_copy(update={"cloud": None, "stays": True})
-                signature = _generate_signature(
-                    app, JobRequest.parse(request), stays, earlier=task.request.get(PLACE_HEADER)
-                )
-                raise task.replace(signature) from None
-            except DuplicateDelivery:
-                raise Ignore from None
-            except REDIS_AWAY:
-                raise
-            except Exception as error:
-                logger.exception("jobs.internal_error")
-                outcome = store.finish(_internal(error, job_id, Ledger(model=chosen.model)))
-            return settle(task, outcome)
+                request, route = routed_of(args, fields)
+            except InvalidRequest as error:
+                return settle(task, store.finish(outcome_of(error, job_id, _ledger(store, job_id))))
+            with structlog.contextvars.bound_contextvars(model_id=route.model):
+                return settle(task, run(task, job_id, request, route))
+
+    def run(task: Task, job_id: str, request: JobRequest, route: Route) -> Outcome:
+        delivery = (task.request.properties or {}).get("delivery_tag", job_id)
+        try:
+            return runner.run(job_id, request, route, delivery=delivery, stop=signal_of(job_id))
+        except HandBack:
+            raise Reject(requeue=True) from None
+        except RouteAgain:
+            raise task.replace(_submit_signature(app, request)) from None
+        except StaysHere:
+            stays = route.model_copy(update={"cloud": None, "stays": True})
+            signature = _generate_signature(app, request, stays, earlier=task.request.get(PLACE_HEADER))
+            raise task.replace(signature) from None
+        except DuplicateDelivery:
+            raise Ignore from None
+        except REDIS_AWAY:
+            raise
+        except Exception as error:
+            logger.exception("jobs.internal_error")
+            return store.finish(_internal(error, job_id, Ledger(model=route.model)))
 
 
 def add_switch_task(app: Celery, switcher: Switcher, publish: Callable[[], object]) -> None:
@@ -193,6 +191,26 @@ def body_of(args: tuple[Any, ...], fields: dict[str, Any]) -> object:
     )
 
 
+def routed_of(args: tuple[Any, ...], fields: dict[str, Any]) -> tuple[JobRequest, Route]:
+    """
+    The job and its route, as the router sends them on.
+
+    Raises
+    ------
+    InvalidRequest
+        Somebody else has sent this.
+    """
+    try:
+        body, route = args
+        if not fields:
+            return JobRequest.parse(body), Route.model_validate(route)
+    except ValueError:  # so many arguments, or no route; pydantic's is one
+        pass
+    raise InvalidRequest(
+        f"{keys.GENERATE_TASK} takes what the router sends, a job and its route. Send the job to {keys.SUBMIT_TASK}."
+    )
+
+
 def settle(task: Task, outcome: Outcome) -> dict[str, Any]:
     """Give Celery its copy of *outcome*: a result, an exception with the error's name, or REVOKED."""
     if outcome.state is JobState.ANSWERED and outcome.error is None:
@@ -219,10 +237,15 @@ def _generate_signature(app: Celery, request: JobRequest, route: Route, *, earli
     )
 
 
-def _submit_signature(app: Celery, request: dict[str, Any]) -> Any:
+def _submit_signature(app: Celery, request: JobRequest) -> Any:
     """The router task, for a job that must be routed again."""
     return app.signature(
-        keys.SUBMIT_TASK, args=(request,), immutable=True, queue=keys.SUBMIT_QUEUE, argsrepr="(again)", kwargsrepr="{}"
+        keys.SUBMIT_TASK,
+        args=(request.model_dump(mode="json", exclude_none=True),),
+        immutable=True,
+        queue=keys.SUBMIT_QUEUE,
+        argsrepr="(again)",
+        kwargsrepr="{}",
     )
 
 

@@ -18,7 +18,7 @@ from common import keys
 from common.celery_app import create_app
 from common.errors import InvalidRequest
 from common.job_store import MemoryJobStore
-from common.schemas import JobState, OfferedModel, Outcome
+from common.schemas import JobRequest, JobState, OfferedModel, Outcome
 from common.settings import Settings
 from worker.jobs.failures import RouteAgain
 from worker.jobs.runner import JobRunner
@@ -27,6 +27,7 @@ from worker.routing.rules_file import load_rules
 from worker.tasks import add_generate_task, add_submit_task, body_of
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
+ROUTE = {"model": "small", "complexity": 0.5, "why": "simple enough"}
 SMALL = OfferedModel(id="small", tier=1, complexity_up_to=1.0, max_model_len=1000, capabilities=("chat",))
 
 
@@ -104,19 +105,19 @@ def test_a_job_that_must_be_routed_again_goes_to_the_router_under_its_own_id(
     app = create_app(Settings.from_env())
     add_submit_task(app, Router(store=MemoryJobStore(), offers=list, rules=load_rules()), MemoryJobStore())
     add_generate_task(app, ShorterNow(), MemoryJobStore())
-    route = {"model": "small", "complexity": 0.5, "why": "simple enough"}
     task = app.tasks[keys.GENERATE_TASK]
-    task.push_request(id="job", args=[BODY, route], kwargs={}, called_directly=False, is_eager=False)
+    task.push_request(id="job", args=[BODY, ROUTE], kwargs={}, called_directly=False, is_eager=False)
     try:
         with pytest.raises(Ignore):
-            task.run(BODY, route)
+            task.run(BODY, ROUTE)
     finally:
         task.pop_request()
 
     (message,) = redis_client.lrange(keys.SUBMIT_QUEUE, 0, -1)
     sent = json.loads(message)
     assert (sent["headers"]["task"], sent["headers"]["id"]) == (keys.SUBMIT_TASK, "job")
-    assert json.loads(base64.b64decode(sent["body"]))[0] == [BODY]
+    (body,) = json.loads(base64.b64decode(sent["body"]))[0]
+    assert JobRequest.parse(body) == JobRequest.parse(BODY)
 
 
 def test_the_body_comes_as_one_argument_or_as_fields() -> None:
@@ -126,3 +127,33 @@ def test_the_body_comes_as_one_argument_or_as_fields() -> None:
     for args, fields in (((), {}), ((BODY, BODY), {}), ((BODY,), BODY)):
         with pytest.raises(InvalidRequest, match=r"args=\[body\]"):
             body_of(args, fields)
+
+
+@pytest.mark.parametrize(
+    ("args", "fields"),
+    [
+        ((), {}),
+        ((BODY,), {}),
+        ((BODY, {"model": "small"}), {}),
+        ((BODY, [1]), {}),
+        ((BODY, ROUTE, ROUTE), {}),
+        ((BODY, ROUTE), {"more": 1}),
+        ((), {"request": BODY, "route": ROUTE}),
+        (("Hi", ROUTE), {}),
+        (({"prompt": 1}, ROUTE), {}),
+    ],
+)
+def test_what_no_router_has_sent_to_a_model_ends_as_refused(app: Celery, args: Any, fields: Any) -> None:
+    """A hand-made message in a model's queue: its job has a stored outcome, as every other one."""
+    store = MemoryJobStore()
+    add_generate_task(app, object(), store)  # type: ignore[arg-type] # it is not asked
+    task = app.tasks[keys.GENERATE_TASK]
+    task.push_request(id="job", args=args, kwargs=fields, called_directly=False)
+    try:
+        with pytest.raises(InvalidRequest):
+            task.run(*args, **fields)
+    finally:
+        task.pop_request()
+    outcome = store.outcome("job")
+    assert outcome is not None
+    assert outcome.state is JobState.FAILED
