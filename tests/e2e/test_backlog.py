@@ -17,8 +17,8 @@ from common.backlog import RedisBacklog
 from common.redis_client import connect
 from common.schemas import JobState
 from tests.e2e.conftest import Box
+from tests.e2e.stub_models import stub_env
 from tests.waiting import eventually
-from worker.demo.tiny_models import make_tiny_gguf
 
 MODELS = ("red", "green", "blue")
 
@@ -26,26 +26,7 @@ MODELS = ("red", "green", "blue")
 @pytest.fixture
 def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """Three models on the stand-in engine, one ready at a time, with turns so short that there are many."""
-    entry = """
-[[models]]
-id = "{id}"
-engine = "llamacpp"
-tier = 1
-complexity_up_to = 1.0
-max_model_len = 4096
-path = "tiny.gguf"
-"""
-    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
-    (tmp_path / "models.toml").write_text("replace = true\n" + "".join(entry.format(id=model) for model in MODELS))
-    return {
-        **node_env,
-        "MODELS_FILE": str(tmp_path / "models.toml"),
-        "WORKER_STUB_ENGINE": "true",
-        "WORKER_STUB_LOAD_S": "0.1",
-        "WORKER_STUB_RUN_S": "0.01",
-        "SWITCH_MIN_TURN_S": "0.5",
-        "SWITCH_MAX_WAIT_S": "2",
-    }
+    return node_env | stub_env(tmp_path, MODELS, load_s=0.1, run_s=0.01, SWITCH_MIN_TURN_S=0.5, SWITCH_MAX_WAIT_S=2)
 
 
 def job(box: Box, model: str, text: str = "Hello") -> Signature:

@@ -14,35 +14,16 @@ from celery.canvas import Signature
 
 from common import keys
 from tests.e2e.conftest import Box
+from tests.e2e.stub_models import stub_env
 from tests.waiting import eventually
-from worker.demo.tiny_models import make_tiny_gguf
 
 MODELS = {"small": (1, 0.45), "large": (2, 1.0), "other": (3, 1.0)}
-ENTRY = """
-[[models]]
-id = "{id}"
-engine = "llamacpp"
-tier = {tier}
-complexity_up_to = {up_to}
-max_model_len = 4096
-path = "tiny.gguf"
-"""
 
 
 @pytest.fixture
 def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """Three models on the stand-in engine, one ready at a time: 1.5 s to load, 0.05 s a job, four at once."""
-    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
-    entries = (ENTRY.format(id=model, tier=tier, up_to=up_to) for model, (tier, up_to) in MODELS.items())
-    (tmp_path / "models.toml").write_text("replace = true\n" + "".join(entries))
-    return {
-        **node_env,
-        "MODELS_FILE": str(tmp_path / "models.toml"),
-        "WORKER_STUB_ENGINE": "true",
-        "WORKER_STUB_LOAD_S": "1.5",
-        "WORKER_STUB_RUN_S": "0.05",
-        "WORKER_CONCURRENCY": "4",
-    }
+    return node_env | stub_env(tmp_path, MODELS, load_s=1.5, run_s=0.05, WORKER_CONCURRENCY=4)
 
 
 def loads(box: Box) -> Counter[str]:

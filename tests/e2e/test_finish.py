@@ -16,36 +16,17 @@ from common import keys
 from common.redis_client import connect
 from common.schemas import Estimate, Forecast, JobState, utc_now
 from tests.e2e.conftest import Box
+from tests.e2e.stub_models import stub_env
 from tests.waiting import eventually
-from worker.demo.tiny_models import make_tiny_gguf
 
 MODELS = ("red", "green", "blue")
-ENTRY = """
-[[models]]
-id = "{id}"
-engine = "llamacpp"
-tier = {tier}
-complexity_up_to = {up_to}
-max_model_len = 4096
-path = "tiny.gguf"
-"""
 
 
 @pytest.fixture
 def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """Three models on the stand-in engine: 1.5 s to load, 0.5 s a job, four at once; the machine has little to do."""
-    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
-    entries = (ENTRY.format(id=model, tier=n + 1, up_to=(n + 1) / 3) for n, model in enumerate(MODELS))
-    (tmp_path / "models.toml").write_text("replace = true\n" + "".join(entries))
-    return {
-        **node_env,
-        "MODELS_FILE": str(tmp_path / "models.toml"),
-        "WORKER_STUB_ENGINE": "true",
-        "WORKER_STUB_LOAD_S": "1.5",
-        "WORKER_STUB_RUN_S": "0.5",
-        "WORKER_CONCURRENCY": "4",
-        "SWITCH_MIN_TURN_S": "1",
-    }
+    trusted = {model: (number, number / 3) for number, model in enumerate(MODELS, start=1)}
+    return node_env | stub_env(tmp_path, trusted, load_s=1.5, run_s=0.5, WORKER_CONCURRENCY=4, SWITCH_MIN_TURN_S=1)
 
 
 def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:

@@ -15,20 +15,11 @@ import pytest
 from common.schemas import JobState
 from tests.e2e.conftest import Box
 from tests.e2e.nodes import ProgramNode
+from tests.e2e.stub_models import stub_env
 from tests.waiting import eventually
-from worker.demo.tiny_models import make_tiny_gguf
 
 MODELS = ("red", "green", "blue")
 LEASE_S = 3.0
-ENTRY = """
-[[models]]
-id = "{id}"
-engine = "llamacpp"
-tier = 1
-complexity_up_to = 1.0
-max_model_len = 4096
-path = "tiny.gguf"
-"""
 
 Join = Callable[[str], ProgramNode]
 
@@ -36,18 +27,9 @@ Join = Callable[[str], ProgramNode]
 @pytest.fixture
 def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """Three models on the stand-in engine: 1 s to load, 0.1 s a job, two at once; one is ready at a time."""
-    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
-    (tmp_path / "models.toml").write_text("replace = true\n" + "".join(ENTRY.format(id=model) for model in MODELS))
-    return {
-        **node_env,
-        "MODELS_FILE": str(tmp_path / "models.toml"),
-        "WORKER_STUB_ENGINE": "true",
-        "WORKER_STUB_LOAD_S": "1",
-        "WORKER_STUB_RUN_S": "0.1",
-        "WORKER_CONCURRENCY": "2",
-        "SWITCH_MIN_TURN_S": "1",
-        "STATUS_TTL_S": str(LEASE_S),
-    }
+    return node_env | stub_env(
+        tmp_path, MODELS, load_s=1, run_s=0.1, WORKER_CONCURRENCY=2, SWITCH_MIN_TURN_S=1, STATUS_TTL_S=LEASE_S
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from common.schemas import utc_now
 from tests.e2e.conftest import Box
-from worker.demo.tiny_models import make_tiny_gguf
+from tests.e2e.stub_models import stub_env
 from worker.simulate.costs import ModelCosts
 from worker.simulate.policies import shiftworker
 from worker.simulate.report import Report, summarize_run
@@ -23,15 +23,6 @@ from worker.simulate.trace import TracedJob
 MODELS = ("red", "green", "blue")
 LOAD_S, RUN_S, AT_ONCE = 5.0, 1.6, 4
 MAX_WAIT_S, MIN_TURN_S = 30.0, 2.0
-ENTRY = """
-[[models]]
-id = "{id}"
-engine = "llamacpp"
-tier = 1
-complexity_up_to = 1.0
-max_model_len = 4096
-path = "tiny.gguf"
-"""
 # A model is ready when a first prompt has been answered, so that belongs to the load.
 COSTS = ModelCosts(
     load_s=LOAD_S + RUN_S,
@@ -45,18 +36,15 @@ COSTS = ModelCosts(
 @pytest.fixture
 def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """Three models on the stand-in engine, one ready at a time, with a short bound on the waiting."""
-    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
-    (tmp_path / "models.toml").write_text("replace = true\n" + "".join(ENTRY.format(id=model) for model in MODELS))
-    return {
-        **node_env,
-        "MODELS_FILE": str(tmp_path / "models.toml"),
-        "WORKER_STUB_ENGINE": "true",
-        "WORKER_STUB_LOAD_S": str(LOAD_S),
-        "WORKER_STUB_RUN_S": str(RUN_S),
-        "WORKER_CONCURRENCY": str(AT_ONCE),
-        "SWITCH_MIN_TURN_S": str(MIN_TURN_S),
-        "SWITCH_MAX_WAIT_S": str(MAX_WAIT_S),
-    }
+    return node_env | stub_env(
+        tmp_path,
+        MODELS,
+        load_s=LOAD_S,
+        run_s=RUN_S,
+        WORKER_CONCURRENCY=AT_ONCE,
+        SWITCH_MIN_TURN_S=MIN_TURN_S,
+        SWITCH_MAX_WAIT_S=MAX_WAIT_S,
+    )
 
 
 def make_trace(seed: int, *, bursts: int) -> list[TracedJob]:

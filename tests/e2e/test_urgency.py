@@ -12,36 +12,17 @@ import pytest
 
 from common.schemas import Ledger, utc_now
 from tests.e2e.conftest import Box
+from tests.e2e.stub_models import stub_env
 from tests.waiting import eventually
-from worker.demo.tiny_models import make_tiny_gguf
 
 MODELS = ("busy", "other")
-ENTRY = """
-[[models]]
-id = "{id}"
-engine = "llamacpp"
-tier = 1
-complexity_up_to = 1.0
-max_model_len = 4096
-path = "tiny.gguf"
-"""
 JOBS = 400  # twenty seconds of work, and more
 
 
 @pytest.fixture
 def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """Two models on the stand-in engine, one ready at a time: 0.2 s to load, 0.2 s a job, four at once."""
-    make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1)
-    (tmp_path / "models.toml").write_text("replace = true\n" + "".join(ENTRY.format(id=model) for model in MODELS))
-    return {
-        **node_env,
-        "MODELS_FILE": str(tmp_path / "models.toml"),
-        "WORKER_STUB_ENGINE": "true",
-        "WORKER_STUB_LOAD_S": "0.2",
-        "WORKER_STUB_RUN_S": "0.2",
-        "WORKER_CONCURRENCY": "4",
-        "SWITCH_MIN_TURN_S": "0.5",
-    }
+    return node_env | stub_env(tmp_path, MODELS, load_s=0.2, run_s=0.2, WORKER_CONCURRENCY=4, SWITCH_MIN_TURN_S=0.5)
 
 
 class Work:
