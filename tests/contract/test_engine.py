@@ -287,7 +287,8 @@ def test_a_load_says_what_memory_it_took(kit: Kit) -> None:
         return
     assert loaded.rss_bytes is not None
     resident = sum(psutil.Process(pid).memory_info().rss for pid in loaded.pids)
-    assert resident / 2 < loaded.rss_bytes <= resident + 64 * 2**20
+    forks = len(loaded.pids)  # of one host, say: what is the host's is resident in each of them, and no engine's
+    assert resident / (1 + forks) < loaded.rss_bytes <= resident + 64 * 2**20
     if kit.engine.kind is EngineKind.VLLM:
         assert loaded.measured.kv_tokens == kit.placement.kv_cache_bytes // 1024
 
