@@ -159,7 +159,7 @@ class HostedEngine:
         if self.link is not None:
             self.link.wait_gone(timeout_s)  # also a process that we do not know yet: it is killed as it says its pid
         _, left = psutil.wait_procs(tree, timeout=max(0.0, deadline - time.monotonic()))
-        while any(process.is_running() for process in tree) and time.monotonic() < deadline:
+        while any(psutil.pid_exists(process.pid) for process in tree) and time.monotonic() < deadline:
             time.sleep(_LOOK_S)  # ended, but the guard has yet to hear of the core, which lost its parent
         if self.link is not None:
             self.link.close()
