@@ -54,7 +54,8 @@ def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
         "broker_transport": "common.transport:Transport",
         "broker_transport_options": {
             "owner": owner,
-            "bounds": settings.switch.bounds,
+            "max_wait_s": settings.switch.max_wait_s,
+            "max_waits": list(settings.switch.max_waits),  # as texts: Celery shows these options as JSON
             "priority_steps": list(keys.PRIORITY_STEPS),
             "socket_timeout": 30,
             "socket_connect_timeout": 3,

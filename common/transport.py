@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from queue import Empty
 from time import monotonic, time
 from typing import Any
@@ -143,9 +144,10 @@ class Channel(stock.Channel):
     """A channel whose pop is one script, and whose idle wait takes nothing."""
 
     QoS = QoS
-    from_transport_options = (*stock.Channel.from_transport_options, "owner", "bounds")
+    from_transport_options = (*stock.Channel.from_transport_options, "owner", "max_wait_s", "max_waits")
     owner = "nobody"  # whose deliveries these are: one start of one process; set by broker_transport_options
-    bounds: Bounds | None = None  # on the waiting of jobs that go into a backlog; likewise
+    max_wait_s: float | None = None  # of jobs that go into a backlog, see Bounds; likewise
+    max_waits: Sequence[str] = ()
     supports_batch_publish = False  # a batch would pass by `_put`, and nobody would be woken
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -157,6 +159,11 @@ class Channel(stock.Channel):
         self._connection_params: dict[bool, dict[str, Any]] = {}
         super().__init__(*args, **kwargs)
         _open_channels.add(self)
+
+    @cached_property
+    def bounds(self) -> Bounds | None:
+        """How long jobs may wait in a backlog; None = nobody said."""
+        return None if self.max_wait_s is None else Bounds.parse(self.max_wait_s, self.max_waits)
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:  # noqa: FBT001 - kombu's signature
         """Consume *queue*; what a no-ack consumer gets is not kept in `unacked`, for nobody would take it off."""

@@ -40,11 +40,8 @@ def node_env(node_env: dict[str, str], tiny_hf: Path, request: pytest.FixtureReq
 
 
 def holds_the_model(process: psutil.Process) -> bool:
-    """The server has a process of its own for that; the engine host forks one, which has the host's command line."""
-    parent = process.parent()
-    return "EngineCore" in " ".join(process.cmdline()) or (
-        "vllm_host_main" in " ".join(process.cmdline()) and parent is not None and parent.cmdline() == process.cmdline()
-    )
+    """That process has this title, by vLLM."""
+    return "EngineCore" in " ".join(process.cmdline())
 
 
 def test_jobs_run_on_vllm_and_survive_its_death(box: Box) -> None:

@@ -131,7 +131,8 @@ class RedisSteps:
         self._owner = owner
         self._ttl_s = int(ttl_s)
         self._max_bytes = max_bytes
-        self._bounds: Bounds | None = app.conf.broker_transport_options.get("bounds")
+        options = app.conf.broker_transport_options
+        self._bounds = Bounds.parse(options["max_wait_s"], options["max_waits"]) if "max_wait_s" in options else None
         self._result_ttl_s = int(self._backend.expires or ttl_s)
 
     def route(self, jobs: Sequence[Routed], *, now: float) -> list[int]:

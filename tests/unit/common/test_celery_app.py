@@ -1,9 +1,10 @@
 """
-TLS to Redis: everybody who reads the one URL speaks it, and checks the certificate.
+Celery as we set it: TLS to Redis for everybody who reads the one URL, and options that can be shown.
 """
 
 from __future__ import annotations
 
+import json
 import ssl
 from typing import Any
 
@@ -52,3 +53,11 @@ def test_whoever_wants_no_check_must_say_so() -> None:
     assert with_tls_checked("redis://x/0") == "redis://x/0"
     for found in connections(app_for("redis://sw:word@redis.invalid:6380/0")):
         assert not issubclass(found.get("connection_class", redis.Connection), redis.SSLConnection)
+
+
+def test_the_options_of_the_broker_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`celery inspect stats` and Flower send them as JSON."""
+    monkeypatch.setenv("SWITCH_MAX_WAITS", "acme=60,*:9=3600")
+    options = create_app(Settings.from_env()).conf.broker_transport_options
+    assert json.loads(json.dumps(options)) == options
+    assert options["max_waits"] == ["acme=60", "*:9=3600"]
