@@ -61,7 +61,7 @@ def test_jobs_run_on_vllm_and_survive_its_death(box: Box) -> None:
 
     tree = psutil.Process(box.worker.container.process.pid).children(recursive=True)
     core = next(process for process in tree if holds_the_model(process))
-    long = box.send("Long", max_tokens=900, n=4, temperature=1, ignore_eos=True)
+    long = box.send("Long", max_tokens=900, n=16, temperature=1, ignore_eos=True)
     eventually(lambda: core.cpu_percent(interval=0.1) > BUSY, within_s=30, what="vLLM works on it")
     assert box.client.cancel(long.id)
     cancelled_s = eventually(lambda: box.client.result(long.id), within_s=10, what="it has ended")
