@@ -448,3 +448,18 @@ def test_a_stream_has_all_its_tokens_before_its_end(world: World) -> None:
     assert outcome is not None
     assert [events[0].kind, events[-1].kind] == ["reset", "end"]
     assert "".join(event.text for event in events) == outcome.answer
+
+
+def test_an_attempt_whose_answer_was_lost_on_the_way_is_not_counted_twice(
+    steps: RedisSteps, store: RedisJobStore
+) -> None:
+    """The connection broke, and the step is asked for again; given back in between, it is another attempt."""
+    store.note_routed("job", Route(model="small", complexity=0.5, why="simple enough"))
+
+    def begin() -> int | None:
+        found = steps.begin({"job": "delivery"}, hostname="box")["job"]
+        return None if found is None else found.attempt
+
+    assert [begin(), begin()] == [1, 1]
+    assert store.hand_back("job", attempt=1)
+    assert begin() == 2

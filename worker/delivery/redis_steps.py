@@ -47,14 +47,16 @@ return 1
 )
 
 # KEYS: outcome, cancel mark, job's hash, unacked, the job's stream, Celery's result.
-# ARGV: tag, lifetime in seconds, the state to set, Celery's copy of it, its lifetime.
-# As RedisJobStore.begin, for jobs under which nothing has failed yet. Returns {attempt, queued_at}, or false.
+# ARGV: tag, lifetime in seconds, the state to set, Celery's copy of it, its lifetime, owner.
+# As RedisJobStore.begin, for jobs under which nothing has failed yet. Returns {attempt, queued_at}, or false. Asked
+# again by the same owner, whose connection broke before the answer came, it is the same attempt.
 _BEGIN = """
 if redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 then return false end
-local found = redis.call('HMGET', KEYS[3], 'claim', 'queued_at', 'stream', 'faults')
+local found = redis.call('HMGET', KEYS[3], 'claim', 'queued_at', 'stream', 'faults', 'begun_by', 'attempts')
 if found[4] then return false end
+if found[1] == ARGV[1] and found[5] == ARGV[6] then return {found[6], found[2] or ''} end
 if found[1] and found[1] ~= ARGV[1] and redis.call('HEXISTS', KEYS[4], found[1]) == 1 then return false end
-redis.call('HSET', KEYS[3], 'claim', ARGV[1], 'state', ARGV[3])
+redis.call('HSET', KEYS[3], 'claim', ARGV[1], 'state', ARGV[3], 'begun_by', ARGV[6])
 redis.call('EXPIRE', KEYS[3], ARGV[2])
 local attempt = redis.call('HINCRBY', KEYS[3], 'attempts', 1)
 if found[3] then
@@ -165,7 +167,7 @@ class RedisSteps:
                 ],
                 [
                     delivery, self._ttl_s, JobState.RUNNING.value, _meta(job_id, states.STARTED, started),
-                    self._result_ttl_s,
+                    self._result_ttl_s, self._owner,
                 ],
             )
             for job_id, delivery in jobs.items()
