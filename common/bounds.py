@@ -12,6 +12,7 @@ from typing import Self
 from common.keys import PRIORITY_STEPS
 
 _ANY = "*"
+_LEAST = 9  # priority of a job; 0 is the highest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def _parse(text: str) -> tuple[tuple[str | None, int | None], float]:
         tenant, priority = who, _ANY
     try:
         seconds = float(seconds_text)
-        step = None if priority == _ANY else max(step for step in PRIORITY_STEPS if step <= int(priority) <= 9)  # noqa: PLR2004
+        step = None if priority == _ANY else max(step for step in PRIORITY_STEPS if step <= int(priority) <= _LEAST)
     except ValueError:
         seconds, step = math.nan, None
     if not tenant or not 0 < seconds < math.inf:
