@@ -70,7 +70,8 @@ def delivery_settings(settings: Settings, *, owner: str) -> dict[str, Any]:
         "worker_prefetch_multiplier": 1,
         # How many are in hand follows the engines (worker/scheduling/admit.py), also after a reconnect.
         "worker_enable_prefetch_count_reduction": False,
-        # Redis may go away and come back; nothing ends because of it.
+        # Redis may go away and come back, or be full (then it refuses commands); nothing ends because of it.
+        "broker_channel_error_retry": True,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "result_backend_always_retry": True,

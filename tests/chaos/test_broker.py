@@ -77,7 +77,8 @@ def test_a_full_redis_refuses_the_producer_and_loses_nothing(
     """
     Full (maxmemory, noeviction): a submit says so and sends nothing; what runs is kept until there is room again.
 
-    What an engine answered meanwhile is delivered then, without another run.
+    What an engine answered meanwhile is delivered then, without another run; also by workers that have lost their
+    connections meanwhile, and to which the full Redis refuses even the declaration of a queue.
     """
     ids = [client.submit(body) for body in LONG_JOBS]
     eventually(lambda: running_now(client, ids), within_s=30)
@@ -86,6 +87,7 @@ def test_a_full_redis_refuses_the_producer_and_loses_nothing(
         client.submit(LONG_JOBS[0])
     assert sum(redis.llen(name) for name in keys.lists_of(keys.SUBMIT_QUEUE)) == 0
     began = running_now(client, ids)
+    redis.client_kill_filter(_type="normal", skipme=True)
     full_until = time.monotonic() + 2 * LEASE_S
     eventually(lambda: time.monotonic() > full_until, within_s=3 * LEASE_S)
     assert running.fallen() == []
