@@ -8,11 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from common.errors import (
-    DeadlineExceeded,
-    EngineFailed,
-    JobCancelled,
-)
+from common.errors import DeadlineExceeded, EngineFailed, JobCancelled
 from common.schemas import ErrorBody, JobState, Ledger, Outcome, utc_now
 from tests.runner_world import BODY, LONG_S, World, error_of, told_not_to_wait
 from worker.engines.base import Call
