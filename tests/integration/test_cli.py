@@ -20,7 +20,7 @@ import pytest
 from common import keys
 from common.backlog import RedisBacklog
 from common.errors import InvalidRequest
-from worker.cli import read_requests
+from worker.cli.jobs import read_requests
 from worker.demo.tiny_models import make_tiny_gguf
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}

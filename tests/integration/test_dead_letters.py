@@ -18,7 +18,7 @@ from common.errors import InvalidRequest, PoisonJob, QueueFull
 from common.redis_client import RedisClient
 from common.redis_job_store import RedisJobStore
 from common.schemas import DeadLetter, ErrorBody, Fault, JobState, Ledger, Outcome, utc_now
-from worker.dead import app
+from worker.cli.dead import app
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Which [bold] word ends you?"}], "stream": True}
 ERROR = ErrorBody.of(PoisonJob("The engine died twice."))

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime
@@ -13,60 +12,57 @@ from functools import partial
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from common import logs
 from common.client import JobClient
 from common.dead_letters import DeadLetters
 from common.errors import InvalidRequest
-from common.redis_client import connect, ping
 from common.schemas import JobRequest, utc_now
 from common.settings import Settings
+from worker.cli.console import Json, out, print_json, reach_redis, read_settings
 
 app = typer.Typer(no_args_is_help=True, help="Jobs that were set aside: look at them, retry them, drop them.")
-_out = Console()
 
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Id = Annotated[str, typer.Argument(help="As `shiftworker dead list` shows it.")]
 _Ids = Annotated[list[str], typer.Argument(help="As `shiftworker dead list` shows them.")]
 
 
 @app.command(name="list")
-def list_letters(*, as_json: _Json = False) -> None:
+def list_letters(*, as_json: Json = False) -> None:
     """Show every job that was set aside, the newest first."""
-    letters = _letters(_settings()).all()
+    letters = _letters(read_settings()).all()
     if as_json:
-        _print_json({"dead": [letter.model_dump(mode="json") for letter in letters]})
+        print_json({"dead": [letter.model_dump(mode="json") for letter in letters]})
         return
     table = Table("job", "set aside", "model", "why", "faults")
     for letter in letters:
         table.add_row(letter.job_id, _local(letter.at), letter.model, letter.error.kind, str(len(letter.faults)))
-    _out.print(table if letters else "No job is set aside.")
+    out.print(table if letters else "No job is set aside.")
 
 
 @app.command()
-def show(job_id: _Id, *, as_json: _Json = False) -> None:
+def show(job_id: _Id, *, as_json: Json = False) -> None:
     """Show one job: what happened under each of its attempts, and its body."""
-    letter = _letters(_settings()).find(job_id)
+    letter = _letters(read_settings()).find(job_id)
     if letter is None:
         raise _unknown([job_id])
     if as_json:
-        _print_json(letter.model_dump(mode="json"))
+        print_json(letter.model_dump(mode="json"))
         return
     faults = Table("attempt", "when", "worker", "what", "company")
     for fault in letter.faults:
         company = "" if fault.company is None else f"{fault.company} when it died"
         faults.add_row(str(fault.attempt), _local(fault.at), fault.worker, escape(fault.message), company)
     body = json.dumps(letter.body, ensure_ascii=False, indent=2)
-    _out.print(Group(escape(letter.error.message), faults, escape(body)), highlight=False)
+    out.print(Group(escape(letter.error.message), faults, escape(body)), highlight=False)
 
 
 @app.command()
-def retry(job_ids: _Ids, *, as_json: _Json = False) -> None:
+def retry(job_ids: _Ids, *, as_json: Json = False) -> None:
     """Run jobs again under their ids, with their attempts at nought; a deadline that has passed is left out."""
-    settings = _settings()
+    settings = read_settings()
     letters = _letters(settings)
     with closing(JobClient(settings.redis.url)) as client:
         done = [job_id for job_id in job_ids if letters.retry(job_id, partial(_submit, client, job_id))]
@@ -74,22 +70,14 @@ def retry(job_ids: _Ids, *, as_json: _Json = False) -> None:
 
 
 @app.command()
-def drop(job_ids: _Ids, *, as_json: _Json = False) -> None:
+def drop(job_ids: _Ids, *, as_json: Json = False) -> None:
     """Forget jobs; their outcomes stay what they are, until they expire."""
-    letters = _letters(_settings())
+    letters = _letters(read_settings())
     _tell("dropped", job_ids, [job_id for job_id in job_ids if letters.drop(job_id)], as_json=as_json)
 
 
-def _settings() -> Settings:
-    settings = Settings.from_env()
-    logs.configure(settings.log.level, settings.log.format)
-    return settings
-
-
 def _letters(settings: Settings) -> DeadLetters:
-    client = connect(settings.redis.url)
-    ping(client, settings.redis.url)
-    return DeadLetters(client)
+    return DeadLetters(reach_redis(settings))
 
 
 def _submit(client: JobClient, job_id: str, body: dict[str, Any]) -> None:
@@ -102,10 +90,10 @@ def _submit(client: JobClient, job_id: str, body: dict[str, Any]) -> None:
 def _tell(what: str, asked: Sequence[str], done: Sequence[str], *, as_json: bool) -> None:
     """Say what became of the jobs; one that is not there is an error, after the others."""
     if as_json:
-        _print_json({what: done})
+        print_json({what: done})
     else:
         for job_id in done:
-            _out.print(f"{what} {job_id}", highlight=False, markup=False)
+            out.print(f"{what} {job_id}", highlight=False, markup=False)
     if unknown := [job_id for job_id in asked if job_id not in done]:
         raise _unknown(unknown)
 
@@ -116,7 +104,3 @@ def _unknown(job_ids: Sequence[str]) -> InvalidRequest:
 
 def _local(moment: datetime) -> str:
     return f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
