@@ -19,6 +19,7 @@ import psutil
 from common.fleet import read_statuses
 from common.redis_client import connect
 from common.schemas import utc_now
+from tests.catalogues import write_catalogue
 from tests.chaos import engine
 from tests.chaos.faults import Fault, Kind, Target
 from tests.chaos.proxy import Proxy
@@ -31,16 +32,6 @@ LEASE_S = 3.0  # DELIVERY_LEASE_S; what the dead held comes back after one to tw
 RUN_S = 2.0  # the longest that an engine takes for a job
 START_S = 60.0
 STOP_S = 30.0
-
-_ENTRY = """
-[[models]]
-id = "{id}"
-engine = "vllm"
-tier = {tier}
-complexity_up_to = {up_to}
-max_model_len = 1024
-path = "{id}"
-"""
 
 _SETTINGS = {
     "WORKER_HARDWARE": "cpu",
@@ -246,9 +237,9 @@ def _models(folder: Path) -> dict[str, str]:
     entries = []
     for tier, model in enumerate(MODELS, start=1):
         make_tiny_hf(folder / model, hidden=64, seed=tier)
-        entries.append(_ENTRY.format(id=model, tier=tier, up_to=tier / len(MODELS)))
-    (folder / "models.toml").write_text("replace = true\n" + "".join(entries))
-    return {"MODELS_FILE": str(folder / "models.toml")}
+        trust = {"tier": tier, "complexity_up_to": tier / len(MODELS)}
+        entries.append({"id": model, "engine": "vllm", "max_model_len": 1024, "path": model, **trust})
+    return write_catalogue(folder, *entries)
 
 
 def _stand_in_for_vllm(folder: Path) -> dict[str, str]:

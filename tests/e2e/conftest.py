@@ -24,6 +24,7 @@ from pytest_celery import (
 )
 
 from common.client import JobClient
+from tests.catalogues import write_catalogue
 from tests.e2e.nodes import ProgramNode, RedisNode
 from worker.demo.tiny_models import make_tiny_gguf
 
@@ -42,18 +43,12 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_tiny_gguf(folder / "small.gguf", hidden=64, layers=2, seed=1)
     make_tiny_gguf(folder / "large.gguf", hidden=256, layers=8, seed=2)
-    entry = """
-[[models]]
-id = "{id}"
-aliases = ["{id}-latest"]
-engine = "llamacpp"
-tier = {tier}
-complexity_up_to = {up_to}
-max_model_len = 4096
-path = "{id}.gguf"
-"""
-    catalogue = "replace = true\n" + entry.format(id="small", tier=1, up_to=0.45)
-    (folder / "models.toml").write_text(catalogue + entry.format(id="large", tier=2, up_to=1.0))
+    llamacpp = {"engine": "llamacpp", "max_model_len": 4096}
+    write_catalogue(
+        folder,
+        {"id": "small", "aliases": ["small-latest"], "path": "small.gguf", "complexity_up_to": 0.45, **llamacpp},
+        {"id": "large", "aliases": ["large-latest"], "path": "large.gguf", "tier": 2, **llamacpp},
+    )
     return folder
 
 

@@ -7,17 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.catalogues import write_catalogue
 from worker.demo.tiny_models import make_tiny_gguf
-
-_ENTRY = """
-[[models]]
-id = "{id}"
-engine = "llamacpp"
-tier = {tier}
-complexity_up_to = {up_to}
-max_model_len = 4096
-path = "tiny.gguf"
-"""
 
 
 def stub_env(
@@ -34,11 +25,13 @@ def stub_env(
     *models* are names, or names with a tier and the complexity up to which each is trusted. One is ready at a time.
     """
     trusted = models if isinstance(models, Mapping) else dict.fromkeys(models, (1, 1.0))
-    entries = (_ENTRY.format(id=model, tier=tier, up_to=up_to) for model, (tier, up_to) in trusted.items())
+    tiny = {"engine": "llamacpp", "max_model_len": 4096, "path": "tiny.gguf"}
+    entries = [
+        {"id": model, "tier": tier, "complexity_up_to": up_to, **tiny} for model, (tier, up_to) in trusted.items()
+    ]
     make_tiny_gguf(folder / "tiny.gguf", hidden=64, layers=2, seed=1)
-    (folder / "models.toml").write_text("replace = true\n" + "".join(entries))
     return {
-        "MODELS_FILE": str(folder / "models.toml"),
+        **write_catalogue(folder, *entries),
         "WORKER_STUB_ENGINE": "true",
         "WORKER_STUB_LOAD_S": str(load_s),
         "WORKER_STUB_RUN_S": str(run_s),

@@ -20,6 +20,7 @@ import pytest
 from common import keys
 from common.backlog import RedisBacklog
 from common.errors import InvalidRequest
+from tests.catalogues import write_catalogue
 from worker.cli.jobs import read_requests
 from worker.demo.tiny_models import make_tiny_gguf
 
@@ -118,11 +119,8 @@ def test_models_says_why_each_one_is_left_out() -> None:
 def test_the_doctor_says_what_is_here_and_what_would_be_chosen(redis_url: str, tmp_path: Path) -> None:
     """A card, a catalogue of local models, Redis: each is a finding, with the choice and its reason."""
     make_tiny_gguf(tmp_path / "tiny.gguf", hidden=64, layers=2, seed=1, context=512)
-    (tmp_path / "models.toml").write_text(
-        "replace = true\n[[models]]\nid = 'tiny'\nengine = 'llamacpp'\ntier = 1\ncomplexity_up_to = 1.0\n"
-        "max_model_len = 512\npath = 'tiny.gguf'\n"
-    )
-    env = {"MODELS_FILE": str(tmp_path / "models.toml"), "WORKER_HARDWARE": "stub", "WORKER_STUB_GPUS": "24"}
+    tiny = {"id": "tiny", "engine": "llamacpp", "max_model_len": 512, "path": "tiny.gguf"}
+    env = {**write_catalogue(tmp_path, tiny), "WORKER_HARDWARE": "stub", "WORKER_STUB_GPUS": "24"}
     done = shiftworker("doctor", "--json", REDIS_URL=redis_url, **env)
     found = json.loads(done.stdout)
 
