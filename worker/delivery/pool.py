@@ -115,7 +115,7 @@ class TaskPool(thread.TaskPool):
             ended.add_done_callback(lambda _done: future.set_result(None))  # also if it never ran
 
         future: Future[None] = Future()
-        future.add_done_callback(lambda _done: _forget(correlation_id, handle))
+        future.add_done_callback(lambda done: _forget(correlation_id, done))  # with *handle* in it they were a cycle
         handle.attach(future)
         lane = self.lanes.get(args[0]) if args else None
         plain = plain_args(args) if lane is not None and not limit_s else None
@@ -161,8 +161,9 @@ def pool_with(lanes: Mapping[str, Lane]) -> type[TaskPool]:
 def _nothing(*_: Any) -> None: ...
 
 
-def _forget(task_id: str, handle: Handle) -> None:
-    if _handles.get(task_id) is handle:  # a second delivery of the task may have taken its place
+def _forget(task_id: str, done: Future[None]) -> None:
+    handle = _handles.get(task_id)
+    if handle is not None and handle.f is done:  # a second delivery of the task may have taken its place
         del _handles[task_id]
 
 

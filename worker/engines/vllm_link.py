@@ -10,8 +10,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Link:
         self._sending = threading.Lock()
         self._held: list[bytes] | None = None  # what is to be sent in one piece; None = nothing is held back
         self._numbers = count(1)
-        self._waiting: dict[int, tuple[Future[bytes], _Stream | None]] = {}  # callers, by number
+        self._waiting: dict[int, _Waiting] = {}  # callers, by number; who takes one out settles it
         self._gone = threading.Event()
 
     def start(self, order: Order) -> None:
@@ -74,7 +75,15 @@ class Link:
 
     def tell(self, kind: Kind, body: bytes, *, within_s: float) -> bytes:
         """Send one frame and wait for its answer; raises TimeoutError or EngineDied."""
-        number, answer = self._send(kind, body)
+        answer = Future[bytes]()
+
+        def settle(found: _Found) -> None:
+            if isinstance(found, bytes):
+                answer.set_result(found)
+            else:
+                answer.set_exception(found)
+
+        number = self._send(kind, body, _Waiting(settle=settle))
         try:
             return answer.result(within_s)
         finally:
@@ -107,46 +116,44 @@ class Link:
         """Send one request; see `Channel`."""
         if stop.reason is not None:
             raise JobStopped(stop.reason)
-        began = time.monotonic()
+        began, limit_s = time.monotonic(), call.timeout_s
         stream = None if call.on_chunk is None else _Stream(call.on_chunk)
-        number, answer = self._send(Kind.ASK, call.path.encode() + b"\n" + json.dumps(call.body).encode(), stream)
 
-        def expire() -> None:
-            with suppress(InvalidStateError):  # it has just been answered
-                answer.set_exception(
-                    EngineTimeout(
-                        f"The engine did not answer within {call.timeout_s:g} s. Ask for fewer tokens, or raise "
-                        "JOB_TIMEOUT_S."
-                    )
-                )
-
-        def settled(_: Future[bytes]) -> None:
-            if self._waiting.pop(number, None) is not None:
-                self._transmit(Frame(Kind.ABORT, number))  # given up, for whatever reason
+        def settle(found: _Found) -> None:
             run_s = time.monotonic() - began
 
             def read() -> Completion:
-                try:
-                    status, _, content = answer.result().partition(b"\n")
-                except CancelledError:
-                    raise JobStopped(stop.reason or "") from None
+                if found is None:
+                    raise JobStopped(stop.reason or "")
+                if isinstance(found, Exception):
+                    raise found
                 if stream is not None and stream.began:
                     return completion_of(stream.whole(), run_s=run_s)
+                status, _, content = found.partition(b"\n")
                 return interpret(status=int(status), content=content, run_s=run_s)
 
             done(read)
 
-        answer.add_done_callback(settled)
-        stop.on_stop(answer.cancel)
+        def expire() -> None:
+            self._give_up(
+                number,
+                EngineTimeout(
+                    f"The engine did not answer within {limit_s:g} s. Ask for fewer tokens, or raise JOB_TIMEOUT_S."
+                ),
+            )
+
+        body = call.path.encode() + b"\n" + json.dumps(call.body).encode()
+        number = self._send(Kind.ASK, body, _Waiting(settle=settle, stream=stream))
+        stop.on_stop(lambda: self._give_up(number, None))
         return expire
 
-    def _send(self, kind: Kind, body: bytes, stream: _Stream | None = None) -> tuple[int, Future[bytes]]:
-        number, answer = next(self._numbers), Future[bytes]()
-        self._waiting[number] = answer, stream
+    def _send(self, kind: Kind, body: bytes, waiting: _Waiting) -> int:
+        number = next(self._numbers)
+        self._waiting[number] = waiting
         self._transmit(Frame(kind, number, body))
         if self.ended:  # looked at after the caller is in its place: either we see the end, or the reader sees us
             self._settle(number, self._died())
-        return number, answer
+        return number
 
     def _transmit(self, frame: Frame) -> None:
         with self._sending:
@@ -182,28 +189,44 @@ class Link:
             self._settle(number, self._died())
         self._on_news(Frame(Kind.ENDED, body=code))
 
-    def _settle(self, number: int, answer: bytes | Exception) -> None:
-        future, _ = self._waiting.pop(number, (None, None))
-        if future is None:
-            return  # given up meanwhile
-        with suppress(InvalidStateError):  # in this very moment
-            if isinstance(answer, bytes):
-                future.set_result(answer)
-            else:
-                future.set_exception(answer)
+    def _settle(self, number: int, found: bytes | Exception) -> None:
+        waiting = self._waiting.pop(number, None)
+        if waiting is not None:  # else it was given up meanwhile
+            waiting.settle(found)
+
+    def _give_up(self, number: int, why: Exception | None) -> None:
+        waiting = self._waiting.pop(number, None)
+        if waiting is not None:
+            self._transmit(Frame(Kind.ABORT, number))
+            waiting.settle(why)
 
     def _stream(self, frame: Frame) -> None:
-        future, stream = self._waiting.get(frame.number, (None, None))
-        if future is None or stream is None:
+        waiting = self._waiting.get(frame.number)
+        if waiting is None or waiting.stream is None:
             return
         try:
-            stream.take(frame.body)
+            waiting.stream.take(frame.body)
         except Exception as error:  # noqa: BLE001 - it is the caller's: an error of the engine, or of its listener
-            with suppress(InvalidStateError):
-                future.set_exception(error)  # the caller aborts
+            self._give_up(frame.number, error)
 
     def _died(self) -> EngineDied:
         return EngineDied(f"The engine of {self._name} ended while it worked on the job; its log: {self._log}.")
+
+
+_Found = bytes | Exception | None  # an engine's answer, or what came instead; None = the caller was told to stop
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Waiting:
+    """
+    One who waits for an answer.
+
+    Nothing here leads back to itself, as a future with its callbacks does: what a job leaves behind goes with its last
+    reference, and not when the garbage collector finds it among the jobs that run.
+    """
+
+    settle: Callable[[_Found], object]  # called once
+    stream: _Stream | None = None
 
 
 class _Stream:

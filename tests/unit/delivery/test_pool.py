@@ -142,6 +142,20 @@ def test_a_job_that_has_ended_is_forgotten(pool: TaskPool) -> None:
     eventually(lambda: running() == {})
 
 
+def test_what_a_run_leaves_behind_goes_at_once(pool: TaskPool) -> None:
+    """It is no cycle, which would stay, with Celery's request and the message, until the garbage collector comes."""
+    gc.disable()
+    try:
+        handle = start(pool, "fine", str)
+        handle.wait(WAIT_S)
+        eventually(lambda: running() == {})
+        left = weakref.ref(handle)
+        del handle
+        eventually(lambda: left() is None, what="nothing holds it")
+    finally:
+        gc.enable()
+
+
 def test_a_run_that_breaks_outside_its_task_gives_the_message_back(
     pool: TaskPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

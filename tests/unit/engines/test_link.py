@@ -4,16 +4,19 @@ The link to a hosted engine, when the other end goes silent, deaf, or away.
 
 from __future__ import annotations
 
+import gc
 import queue
 import socket
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from common.errors import EngineDied, EngineTimeout
-from worker.engines.base import Call, StopSignal
+from tests.waiting import eventually
+from worker.engines.base import Call, Read, StopSignal
 from worker.engines.channel import Frame, Kind, Order, Unpacker, pack
 from worker.engines.vllm_link import Link
 
@@ -72,6 +75,30 @@ def test_a_silent_engine_costs_the_deadline_of_each_request(ends: Ends) -> None:
 
     assert [next(heard).kind for _ in range(4)] == [Kind.START, Kind.ASK, Kind.ABORT, Kind.PING]
     assert not ends.link.ended
+
+
+def test_what_an_answered_request_leaves_behind_goes_at_once(ends: Ends) -> None:
+    """It is no cycle, which would stay, with its job, until the garbage collector comes."""
+    heard, answered = ends.heard(), queue.SimpleQueue[Read]()
+
+    class Job:
+        expire: Callable[[], object]
+
+        def done(self, read: Read) -> None:
+            answered.put(read)
+
+    next(heard)
+    gc.disable()
+    try:
+        job, stop = Job(), StopSignal()
+        left = weakref.ref(job), weakref.ref(stop)
+        job.expire = ends.link.ask(Call(path="/v1/completions", body={}, timeout_s=60), stop, job.done)
+        ends.engine.sendall(pack(Frame(Kind.ANSWER, next(heard).number, b"500\n{}")))
+        answered.get(timeout=5)
+        del job, stop
+        eventually(lambda: [ref() for ref in left] == [None, None], what="nothing holds them")
+    finally:
+        gc.enable()
 
 
 def test_a_deaf_engine_blocks_nobody_for_ever(ends: Ends) -> None:
