@@ -21,9 +21,10 @@ _SERVES = {
 
 def find_choices(request: JobRequest, models: Sequence[OfferedModel]) -> list[OfferedModel]:
     """
-    Give the models that *request* may go to, whatever its complexity turns out to be; raises as `find_roomy`.
+    Give the models that *request* may go to, whatever its complexity turns out to be.
 
-    As the router chooses: of those that can take it, the cheapest that is trusted with it.
+    As the router chooses: of those that can take it, the cheapest that is trusted with it. Raises as `find_meant` and
+    `find_roomy` do.
     """
     roomy = find_roomy(request, find_meant(request.model, models), offered=models)
     chosen = [cheapest_trusted(roomy, complexity) for complexity in (0.0, *(m.complexity_up_to for m in roomy), 1.0)]
@@ -58,13 +59,19 @@ def find_roomy(
         )
 
     possible = [model for model in possible if not model.away] or possible
-
     reach = min(likely_tokens(request), max(model.max_model_len for model in possible))
     return [model for model in possible if model.max_model_len >= reach]
 
 
 def find_meant(name: str, models: Sequence[OfferedModel]) -> list[OfferedModel]:
-    """Every model that *name* may mean, in order of the ids: an id before an alias, any case."""
+    """
+    Give every model that *name* may mean, in order of the ids: an id before an alias, any case.
+
+    Raises
+    ------
+    UnknownModel
+        There is none.
+    """
     ordered = sorted(models, key=lambda model: model.id)
     wanted = name.casefold()
     found = (

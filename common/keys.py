@@ -88,8 +88,9 @@ def backlog_messages(queue: str) -> str:
 def job(job_id: str) -> str:
     """
     Hash: state, end (set with the outcome), dead (set if it was set aside), model, complexity, why, queued_at,
-    attempts, claim (a tag), faults (each a Fault as JSON, on a line of its own), stream (set if the job streams),
-    webhook (how the call stands: due, delivered, or why it was given up).
+    attempts, claim (a tag), begun_by (the owner whose lane began it last), faults (each a Fault as JSON, on
+    a line of its own), stream (set if the job streams), webhook (how the call stands: due, delivered, or why it was
+    given up).
     """
     return f"{_PREFIX}job:{job_id}"
 

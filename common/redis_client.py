@@ -139,10 +139,10 @@ def run_for_each(
     Run a Lua script once for each of *calls* (its keys, its arguments), and the command *then* after them, in one round
     trip; the text is sent only to a Redis that does not know it.
 
-    What fails is tried again as *client* does with a command, without what has been done already; then the first error
-    is raised.
+    What fails is tried again as *client* does with a command, without the calls that are done already; then the first
+    error is raised.
     """
-    replies: list[Any] = [NoScriptError()] * len(calls)
+    replies: list[Any] = [NoScriptError()] * len(calls)  # of what is not done yet: an error
 
     def run() -> None:
         left = [number for number, reply in enumerate(replies) if isinstance(reply, Exception)]
@@ -152,9 +152,10 @@ def run_for_each(
                 pipe.evalsha(digest(script), len(names), *names, *args)
             if then:
                 pipe.execute_command(*then)
-            for number, reply in zip(left, pipe.execute(raise_on_error=False), strict=False):
-                replies[number] = reply
-        for reply in replies:
+            found = pipe.execute(raise_on_error=False)
+        for number, reply in zip(left, found, strict=False):
+            replies[number] = reply
+        for reply in (*replies, *found[len(left) :]):
             if isinstance(reply, Exception):
                 raise reply
 

@@ -111,7 +111,7 @@ def add_generate_task(app: Celery, runner: JobRunner, store: JobStore) -> None:
             raise
         except Exception as error:
             logger.exception("jobs.internal_error")
-            return store.finish(_internal(error, job_id, Ledger(model=route.model)))
+            return store.finish(_internal(error, job_id, store.view(job_id).ledger))
 
 
 def add_switch_task(app: Celery, switcher: Switcher, publish: Callable[[], object]) -> None:
@@ -204,7 +204,7 @@ def routed_of(args: tuple[Any, ...], fields: dict[str, Any]) -> tuple[JobRequest
         body, route = args
         if not fields:
             return JobRequest.parse(body), Route.model_validate(route)
-    except ValueError:  # so many arguments, or no route; pydantic's is one
+    except ValueError:  # too many arguments or too few, or (pydantic's error is one) no route
         pass
     raise InvalidRequest(
         f"{keys.GENERATE_TASK} takes what the router sends, a job and its route. Send the job to {keys.SUBMIT_TASK}."

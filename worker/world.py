@@ -110,7 +110,7 @@ class WorkerWorld:
         self._heard_at = 0.0
         self._foretold: Mapping[str, int] = {}  # model -> jobs that waited at the last forecast ...
         self._scene: object = None  # ... and who served what
-        self._turn: Turn | None = None  # the last one published; publish_now tells it again
+        self._turn: Turn | None = None  # the heart's last one; publish_now tells it again
         self._one_publisher = threading.Lock()  # the heart publishes, and so does the switch lane at each stage
         self.stopping = False
 
@@ -237,17 +237,24 @@ class WorkerWorld:
         self._page_cache.want(choose_prefetch(backlog, residency, models, spare_bytes=spare, now=now))
 
     def publish(
-        self, machine: Machine, residency: Residency, backlog: Backlog, *, turn: Turn | None, now: float
+        self, machine: Machine, residency: Residency, backlog: Backlog, *, turn: Turn, now: float
     ) -> HardwareStatus:
         """See World."""
+        self._turn = turn
+        return self._publish(machine, residency, backlog, now=now)
+
+    def publish_now(self) -> HardwareStatus:
+        """Look and publish: for the stages of a switch, and for whoever asks."""
+        return self._publish(self.machine(), self._board.read(), self.backlog(), now=time.time())
+
+    def _publish(self, machine: Machine, residency: Residency, backlog: Backlog, *, now: float) -> HardwareStatus:
         with self._one_publisher:
-            self._turn = turn
             status = summarize(
                 worker=self._name,
                 machine=machine,
                 residency=residency,
                 backlog=backlog,
-                turn=turn,
+                turn=self._turn,
                 switches=self._history.last(_SWITCHES_SHOWN),
                 max_temperature_c=self._max_temperature_c,
                 stopping=self.stopping,
@@ -259,10 +266,6 @@ class WorkerWorld:
             self._status.offer(Offer(worker=self._name, models=models, at=utc_now()))
             self._status.publish(status)
         return status
-
-    def publish_now(self) -> HardwareStatus:
-        """Look and publish: for the stages of a switch, and for whoever asks."""
-        return self.publish(self.machine(), self._board.read(), self.backlog(), turn=self._turn, now=time.time())
 
 
 def offered(placement: Placement, residency: Residency, *, now: float) -> OfferedModel:

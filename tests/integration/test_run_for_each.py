@@ -40,6 +40,14 @@ def test_a_call_that_fails_is_told_and_the_others_are_done_once(redis_client: Re
     assert redis_client.mget("a", "c") == ["1", "1"]
 
 
+def test_the_command_that_follows_may_fail_too(redis_client: RedisClient) -> None:
+    """That is told, and the calls before it are done once."""
+    redis_client.set("text", "no number")
+    with pytest.raises(redis.ResponseError, match="not an integer"):
+        run_for_each(redis_client, COUNT, [(("a",), (1,))], "INCR", "text")
+    assert redis_client.get("a") == "1"
+
+
 def test_a_full_redis_is_asked_until_there_is_room(redis_client: RedisClient, redis_url: str) -> None:
     """By a patient client."""
     patient = connect(redis_url, patient=True)

@@ -18,7 +18,7 @@ from common import keys
 from common.celery_app import create_app
 from common.errors import InvalidRequest
 from common.job_store import MemoryJobStore
-from common.schemas import JobRequest, JobState, OfferedModel, Outcome
+from common.schemas import JobRequest, JobState, OfferedModel, Outcome, Route
 from common.settings import Settings
 from worker.jobs.failures import RouteAgain
 from worker.jobs.runner import JobRunner
@@ -88,6 +88,32 @@ def test_a_fault_of_ours_ends_the_job_with_its_name(app: Celery) -> None:
     assert outcome.state is JobState.FAILED
     assert outcome.error is not None
     assert outcome.error.kind == "InternalError"
+
+
+def test_a_fault_of_ours_under_a_running_job_ends_it_and_its_way_is_told(app: Celery) -> None:
+    """How it came to its model is known, and stands beside the fault."""
+
+    class Broken(JobRunner):
+        def __init__(self) -> None: ...
+
+        def run(self, *_: Any, **__: Any) -> Outcome:
+            raise ZeroDivisionError("a bug")
+
+    store = MemoryJobStore()
+    store.note_queued("job")
+    store.note_routed("job", Route.model_validate(ROUTE))
+    add_generate_task(app, Broken(), store)
+    task = app.tasks[keys.GENERATE_TASK]
+    task.push_request(id="job", args=[BODY, ROUTE], kwargs={}, called_directly=False)
+    try:
+        with pytest.raises(Exception, match="ZeroDivisionError: a bug"):
+            task.run(BODY, ROUTE)
+    finally:
+        task.pop_request()
+    outcome = store.outcome("job")
+    assert outcome is not None
+    assert (outcome.ledger.model, outcome.ledger.why) == ("small", "simple enough")
+    assert outcome.ledger.queued_at is not None
 
 
 def test_a_job_that_must_be_routed_again_goes_to_the_router_under_its_own_id(

@@ -144,7 +144,7 @@ class JobRunner:
             return self._end(job_id, ledger, over, request)
 
         try:
-            # (5) Its company, and Its engine, ready for as long as it runs.
+            # (5) Its company, and its engine, ready for as long as it runs.
             with self.enter(job_id, request, route, stop, delivery, faults=view.faults) as seat:
                 # (6) One copy at a time.
                 attempt = self._store.begin(job_id, delivery=delivery)
