@@ -105,12 +105,19 @@ class RedisWaitingJobs:
 
 
 def _may_go(message: str | None) -> str:
-    """Give the message, unless Celery must tell others of its task's end than who waits: a chord, a chain."""
+    """
+    Give the message, unless Celery must tell others of its task's end than who waits: a chord, a chain.
+
+    One that cannot be read stays too: whoever gets it says what is wrong with it.
+    """
     if message is None:
         return ""
-    found = json.loads(message)
-    _args, _kwargs, embed = json.loads(base64.b64decode(found["body"]))
-    told = found["headers"].get("group") or any((embed or {}).get(name) for name in ("chord", "chain", "errbacks"))
+    try:
+        found = json.loads(message)
+        _args, _kwargs, embed = json.loads(base64.b64decode(found["body"]))
+        told = found["headers"].get("group") or any((embed or {}).get(name) for name in ("chord", "chain", "errbacks"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        told = True
     return "" if told else message
 
 

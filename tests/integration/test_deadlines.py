@@ -148,6 +148,18 @@ def test_a_job_that_was_sent_by_name_and_not_read_ends_too(world: World) -> None
     assert {world.client.status(job_id).state for job_id in due} == {JobState.EXPIRED}
 
 
+@pytest.mark.parametrize("body", ['"no base64"', '"WzFd"', "[1]", "null"])
+def test_a_message_that_nobody_can_read_keeps_no_other_job_from_its_end(world: World, body: str) -> None:
+    """Somebody has pushed it under a job's id: that job ends too, and the message waits for its turn."""
+    for job_id in ("spoilt", "sound"):
+        world.route(job_id)
+    about = '{"delivery_tag": "tag", "delivery_info": {"exchange": "", "routing_key": "model.small"}}'
+    world.redis.lpush(QUEUE, f'{{"headers": {{"id": "spoilt"}}, "properties": {about}, "body": {body}}}')
+    world.backlog.adopt(QUEUE, now=NOW)
+    assert world.sweep() == 2
+    assert world.waiting == ["spoilt"]
+
+
 def test_a_job_that_nobody_can_route_yet_ends_too(world: World) -> None:
     """It goes round in the router's queue until a worker offers something."""
     router = Router(store=world.store, offers=list, rules=load_rules())
