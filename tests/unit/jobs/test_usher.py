@@ -104,7 +104,7 @@ def test_models_have_doors_of_their_own() -> None:
         pass
 
 
-def test_a_suspect_of_the_whole_worker_is_alone_in_all_engines(pool: ThreadPoolExecutor) -> None:
+def test_a_suspect_of_the_whole_worker_is_alone_in_all_engines() -> None:
     """It waits until those of every model have left, and keeps others out; then each model has its own door again."""
     usher = Usher()
     with ExitStack() as inside:
