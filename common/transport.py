@@ -50,6 +50,8 @@ _POP_MOST = 64  # messages in one round trip
 
 _DELIVERIES = (keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER)
 
+_NO_MESSAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading one raises
+
 _open_channels: WeakSet[Channel] = WeakSet()
 _acknowledged: set[str] = set()  # tags that a script has taken off the books, and kombu has not yet been told of
 
@@ -119,25 +121,30 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
         entry = redis.hget(keys.UNACKED, tag)
         if entry is None:
             return False
-        message, exchange, routing_key = loads(bytes_to_str(entry))
-        message.setdefault("headers", {})["redelivered"] = True
-        message["properties"]["delivery_info"]["redelivered"] = True
-        priority = channel._get_message_priority(message, reverse=False)
+        try:
+            message, exchange, routing_key = _as_redelivered(entry)
+            job_id, place = job_id_of(message), place_json(message, now=time(), bounds=channel.bounds)
+        except _NO_MESSAGE as error:
+            logger.warning("delivery.malformed", error=f"{type(error).__name__}: {error}")
+            redis.eval(scripts.SET_ASIDE, 4, *_DELIVERIES, keys.MALFORMED, tag, entry)
+            return False
         queue = next(iter(channel._lookup(exchange, routing_key)), routing_key)
         if keys.has_backlog(queue):
-            target, how = (
-                keys.backlog(queue),
-                [
-                    job_id_of(message),
-                    place_json(message, now=time(), bounds=channel.bounds),
-                ],
-            )
+            target, how = keys.backlog(queue), [job_id, place]
         else:
-            target, how = channel._q_for_pri(queue, priority), [side]
+            target, how = channel._q_for_pri(queue, channel._get_message_priority(message, reverse=False)), [side]
         moved = redis.eval(
             scripts.GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, target, tag, owner, entry, dumps(message), *how
         )  # fmt: skip
         return bool(moved)
+
+
+def _as_redelivered(entry: bytes) -> tuple[dict[str, Any], str, str]:
+    """Read a delivery: its message marked as redelivered, its exchange and its routing key."""
+    message, exchange, routing_key = loads(bytes_to_str(entry))
+    message.setdefault("headers", {})["redelivered"] = True
+    message["properties"]["delivery_info"]["redelivered"] = True
+    return message, exchange, routing_key
 
 
 class Channel(stock.Channel):

@@ -12,6 +12,7 @@ import pytest
 from celery import Celery
 from kombu import Connection
 
+from common import delivery_scripts as scripts
 from common import keys
 from common.backlog import job_id_of
 from common.celery_app import create_app
@@ -20,11 +21,13 @@ from common.redis_job_store import RedisJobStore
 from common.schemas import Fault, JobState
 from common.settings import Settings
 from tests.integration.test_transport import Inbox, connection, publish
+from tests.waiting import eventually
 from worker.delivery.deaths import Deaths
 from worker.delivery.lease import Lease
 from worker.delivery.pool import leaving
 
 NOW = 1_000_000.0
+DELIVERIES = keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER
 
 
 @pytest.fixture
@@ -223,6 +226,65 @@ def test_a_delivery_without_an_owner_goes_back_after_the_visibility_timeout(app:
         assert sweeper.sweep(now=time.time() + 121) == 1
     with connection(redis_url, "next") as conn:
         assert Inbox(conn).take()[0].delivery_tag == stocks.delivery_tag
+
+
+def entry(**changes: str) -> bytes:
+    """What somebody pushed, each field as JSON."""
+    fields = {
+        "headers": "{}", "body": '"x"',
+        "properties": '{"delivery_tag": "tag", "delivery_info": {"exchange": "", "routing_key": "work"}}', **changes,
+    }  # fmt: skip
+    return "{{{}}}".format(", ".join(f'"{name}": {value}' for name, value in fields.items())).encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("raw", "goes_back"),
+    [
+        (entry(headers="[1]"), False),
+        (entry(more="0x1F"), False),  # a number to cjson, and to nobody else
+        (entry(body='"\xff"'), True),  # no UTF-8, which is replaced wherever a message is read
+        (entry(headers='{"id": [1]}'), True),
+    ],
+)
+def test_what_a_dead_process_held_and_is_no_message_stops_nobody(
+    app: Celery, redis_url: str, redis_client: RedisClient, raw: bytes, *, goes_back: bool
+) -> None:
+    """It was killed between the pop and its look at it: what cannot go back is set aside, and the others go back."""
+    redis_client.lpush("work", raw)
+    arguments = "work", *DELIVERIES, keys.WAKE, keys.MALFORMED, "dead", 1, 1, "1"
+    redis_client.execute_command("EVAL", scripts.POP, 1 + 5, *arguments, NEVER_DECODE=True)
+    publish(redis_url, "job")
+    with connection(redis_url, "dead") as conn:
+        Inbox(conn).take()
+        sweeper = lease(app, redis_url, "sweeper")
+        assert [sweeper.sweep(now=time.time()) for _ in range(2)] == [0, 1 + goes_back]
+    assert redis_client.llen(keys.MALFORMED) == (not goes_back)
+    assert not redis_client.exists(*DELIVERIES)
+
+
+def test_a_fault_of_ours_does_not_end_the_thread(app: Celery, redis_url: str, redis_client: RedisClient) -> None:
+    """Else this process would be taken for dead, and its jobs run a second time elsewhere."""
+    looks = iter([ZeroDivisionError("a bug"), None])
+
+    def held() -> set[str]:
+        if (fault := next(looks, None)) is not None:
+            raise fault
+        return set()
+
+    client = connect(redis_url)
+    beating = Lease(
+        app=app,
+        client=client,
+        deaths=Deaths(client, RedisJobStore(client, ttl_s=60)),
+        owner="me",
+        lease_s=0.3,
+        visibility_timeout_s=120,
+        held=held,
+    )
+    beating.start()
+    eventually(lambda: redis_client.exists(keys.lease("me")), what="the next beat renews it")
+    beating.end()
+    beating.join(5)
 
 
 def test_a_missed_beat_does_not_end_the_thread(app: Celery, redis_url: str, own_redis: Any) -> None:

@@ -32,10 +32,10 @@ class Deaths:
 
     def note(self, owner: str, tags: Sequence[str]) -> None:
         """Note that *owner* has died with the deliveries *tags* in hand; before any of them goes back."""
-        entries = self._redis.hmget(keys.UNACKED, list(tags))
-        deliveries = {
-            job_id_of(json.loads(entry)[0]): tag for tag, entry in zip(tags, entries, strict=True) if entry is not None
-        }
+        # As bytes: whatever somebody pushed, it must not stop who looks.
+        entries = self._redis.execute_command("HMGET", keys.UNACKED, *tags, NEVER_DECODE=True)
+        jobs = map(_job_of, entries)
+        deliveries = {job_id: tag for tag, job_id in zip(tags, jobs, strict=True) if job_id is not None}
         running = self._store.running(deliveries)
         if not running:
             return
@@ -70,3 +70,11 @@ class Deaths:
             pipe.set(keys.death(owner), running, nx=True, ex=_KEPT_S)
             pipe.get(keys.death(owner))
             return int(pipe.execute()[1])
+
+
+def _job_of(entry: bytes | None) -> str | None:
+    """Whose job a delivery is; None = it has gone, or is no message, so that nothing ran by it."""
+    try:
+        return None if entry is None else job_id_of(json.loads(entry.decode(errors="replace"))[0])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None

@@ -84,6 +84,8 @@ class Lease(threading.Thread):
                 self.sweep(now=now)
             except (redis.RedisError, OSError) as error:
                 logger.warning("delivery.lease_beat_missed", error=str(error))
+            except Exception:  # without this thread a process that lives is taken for dead
+                logger.exception("delivery.lease_beat_failed")
             if self._ending.wait(self._lease_s / _BEATS_PER_LEASE):
                 return
 
