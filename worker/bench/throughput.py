@@ -30,6 +30,7 @@ from worker.supervisor import Supervisor
 _MODEL = "bench-tiny"
 _LENGTH = 512  # tokens
 _READY_S = 300.0
+_ENDED_S = 1800.0
 _LOOK_S = 0.02
 _LOOKED_AT = 100  # outcomes at once
 _WARMING = 8  # prompts before the clock starts, as in generate_main
@@ -204,12 +205,15 @@ def _wait_for_all(redis_url: str, ids: list[str]) -> None:
     """Wait for the outcomes with one small command at each look: the waiting must not take the engine's core."""
     redis = connect(redis_url)
     missing = [keys.outcome(job_id) for job_id in ids]
+    deadline = time.monotonic() + _ENDED_S
     while missing:
         some = missing[-_LOOKED_AT:]
         if redis.exists(*some) == len(some):
             del missing[-_LOOKED_AT:]
-        else:
+        elif time.monotonic() < deadline:
             time.sleep(_LOOK_S)
+        else:
+            raise EngineFailed(f"{len(missing)} of {len(ids)} jobs have no outcome after {_ENDED_S:.0f} s.")
 
 
 def _check(client: JobClient, ids: list[str]) -> None:

@@ -41,7 +41,9 @@ class RabbitDoor(threading.Thread):
         super().__init__(name="rabbit", daemon=True)
         self._url = url
         self._app = app
-        self._away = (KombuError, RedisError, OSError, *Connection(url).connection_errors)
+        broker = Connection(url)
+        # A channel's too: RabbitMQ refuses a queue that somebody has declared otherwise.
+        self._away = (KombuError, RedisError, OSError, *broker.connection_errors, *broker.channel_errors)
         self._ending = threading.Event()
 
     def __enter__(self) -> Self:

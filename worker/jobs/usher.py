@@ -64,7 +64,7 @@ class Usher:
                 engine = self._engines[model_id]
                 if not self._may_join(engine, company):
                     if not wait:
-                        raise EngineNotReady(f"The engine of {model_id} is kept for jobs under which it has died.")
+                        raise EngineNotReady("Jobs under which an engine has died run alone; this one waits for them.")
                     self._wait(engine, company, stop)
                 engine.inside.add(job_id)
                 if company is not None:
