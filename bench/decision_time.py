@@ -19,6 +19,7 @@ from common import backlog_scripts as scripts
 from common import keys
 from common.redis_client import RedisClient, connect
 from worker.embedded_redis import EmbeddedRedis
+from worker.scheduling.overtake import choose_overtaking
 from worker.scheduling.pick import Knowledge, pick_turn
 from worker.scheduling.redis_queues import RedisQueues
 from worker.scheduling.substitute import choose_substitute
@@ -73,6 +74,7 @@ def decide(client: RedisClient, *, now: float) -> tuple[float, float]:
     read = time.perf_counter()
     pick_turn(backlog, residency, MODELS, now=now, max_wait_s=600, min_turn_s=30, known=known)
     choose_substitute(backlog, residency, LARGER, known=known, now=now)
+    choose_overtaking(backlog, residency, known=known, look_s=0.5, now=now)
     return read - began, time.perf_counter() - read
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common import backlog_scripts as scripts
 from common import keys
 from common.bounds import Bounds
-from common.redis_client import RedisClient
+from common.redis_client import RedisClient, run_script
 from common.schemas import AUTO, JobRequest
 
 PLACE_HEADER = "shiftworker_place"  # of a message: its Place, but for the priority, which is a property of its own
@@ -174,6 +174,26 @@ class RedisBacklog:
         target = keys.model_queue(by)
         places = keys.backlog(keys.model_queue(of)), keys.backlog(target), keys.WAKE, keys.job(job_id)
         return bool(self._redis.eval(scripts.TAKE_OVER, 4, *places, job_id, raw, new, target, by, why))
+
+    def overtake(
+        self,
+        queue: str,
+        long_s: float,
+        *,
+        prompt_token_s: float,
+        output_token_s: float,
+        among: int,
+        now: float | None = None,
+    ) -> int:
+        """
+        Let the jobs that take *long_s* seconds or more be the first of their class; returns how many moved.
+
+        A token of the prompt takes *prompt_token_s* seconds, one that the answer may have *output_token_s*. It looks at
+        the first *among* jobs; those that are less urgent than the first one stay where they are. *now* is in Unix
+        seconds; None = by Redis's clock.
+        """
+        about = long_s, prompt_token_s, output_token_s, among, *([] if now is None else [now])
+        return int(run_script(self._redis, scripts.OVERTAKE, 1, keys.backlog(queue), *about))
 
     def walk(self, queue: str) -> Iterator[tuple[str, str]]:
         """Give each waiting job's id and message, in the order of now; those that leave meanwhile are left out."""

@@ -17,7 +17,7 @@ x has 48 of them. A member is "<arrival in microseconds, 16 digits>:<job id>", w
 
     level binding   a deadline binds                       x = the deadline, in milliseconds
     level overdue   the job has waited for its bound       x = its tag
-    level usual     the others                             x = its tag
+    level usual     the others                             x = its tag; 0 if it overtakes the others of its class
 
 The tag is that of start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), weights 1, in tokens: a job starts
 where its tenant's last one ends, or at the class's virtual time if that is later. The virtual time is the tag of the
@@ -218,6 +218,23 @@ promote(KEYS[1], redis.call('TIME')[1])
 local at = redis.call('HMGET', KEYS[1] .. ':shares:' .. ARGV[1], 'now', 'end of ' .. ARGV[2])
 local tag = math.max(tonumber(at[1] or 0), tonumber(at[2] or 0))
 return redis.call('ZCOUNT', KEYS[1] .. ':order', '-inf', string.format('%.0f', (USUAL + ARGV[1]) * UNIT + tag))
+"""
+
+# KEYS: the backlog. ARGV: seconds, those of a prompt's token and of an answer's, how many jobs to look at, now (without
+# it, Redis's time). Of the jobs that are level with the first, those that take so many seconds or more become the first
+# of their class; nobody overtakes a deadline that binds. Returns how many have moved.
+OVERTAKE: Final = f"""{LIBRARY}
+local order, first = KEYS[1] .. ':order', urgency(KEYS[1], ARGV[5] or redis.call('TIME')[1])
+if not first or first < OVERDUE then return 0 end
+local least, beyond = string.format('%.0f', first * UNIT), string.format('(%.0f', (first + 1) * UNIT)
+local members, ids, moved = redis.call('ZRANGEBYSCORE', order, least, beyond, 'LIMIT', 0, ARGV[4]), {{}}, 0
+for i, member in ipairs(members) do ids[i] = id_of(member) end
+for i, packed in ipairs(redis.call('HMGET', KEYS[1] .. ':places', unpack(ids))) do
+  local p = cmsgpack.unpack(packed)
+  local takes_s = (p.prompt_tokens or 0) * ARGV[2] + (p.output_tokens or 0) * ARGV[3]
+  if takes_s >= tonumber(ARGV[1]) then moved = moved + redis.call('ZADD', order, 'CH', least, members[i]) end
+end
+return moved
 """
 
 # KEYS: the backlog. Returns {the sums as they lie there, per lane {lane, first arrival, last, first deadline or nil,

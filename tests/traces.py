@@ -28,8 +28,10 @@ class World:
         self, policy: PolicyName = PolicyName.SHIFTWORKER, *, max_wait_s: float = MAX_WAIT_S, workers: int = 1
     ) -> Run:
         decide = make_policy(policy, self.costs, max_wait_s=max_wait_s, min_turn_s=MIN_TURN_S)
-        line = policy is PolicyName.FIFO
-        return simulate(self.jobs, self.costs, decide, workers=workers, max_wait_s=max_wait_s, line=line)
+        return simulate(
+            self.jobs, self.costs, decide, workers=workers, max_wait_s=max_wait_s,
+            line=policy is PolicyName.FIFO, overtaking=policy is PolicyName.SHIFTWORKER,
+        )  # fmt: skip
 
     def report(self, policy: PolicyName = PolicyName.SHIFTWORKER, *, max_wait_s: float = MAX_WAIT_S) -> Report:
         return summarize_run(self.run(policy, max_wait_s=max_wait_s), self.costs, max_wait_s=max_wait_s)

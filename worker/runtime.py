@@ -11,6 +11,7 @@ from typing import Protocol
 from common.logs import get_logger
 from common.schemas import HardwareStatus
 from worker.hardware.gpu import Machine
+from worker.scheduling.overtake import Overtaking, choose_overtaking
 from worker.scheduling.pick import Knowledge, Turn, pick_turn
 from worker.scheduling.substitute import Substitution, choose_substitute
 from worker.state.backlog import Backlog
@@ -19,6 +20,7 @@ from worker.state.residency import Quarantine, Residency
 logger = get_logger(__name__)
 
 _ASKED_IN_VAIN_S = 10.0  # a switch that was asked for and has not begun by then is asked for again
+_NEXT_LOOK_S = 0.5  # by then the next step has been made, and what it moves has been moved
 _OFFERS_KNOWN_S = 2.0  # by then every router knows that a model has failed, and routes its jobs elsewhere
 
 
@@ -47,6 +49,10 @@ class World(Protocol):
 
     def substitute(self, model_id: str, by: str, reason: str) -> int:
         """Give *by* the jobs that wait for *model_id*, as far as it may take them; returns how many."""
+        ...
+
+    def overtake(self, some: Overtaking) -> None:
+        """Let *some* waiting jobs begin before the others of their class."""
         ...
 
     def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
@@ -135,6 +141,8 @@ class Runtime:
         taken = choose_substitute(backlog, residency, self._larger, known=known, now=now)
         if not self._take_over(taken, turn) and self._needs_switch(turn, residency, now):
             self._world.ask_for_switch(turn, residency)
+        for some in choose_overtaking(backlog, residency, known=known, look_s=_NEXT_LOOK_S, now=now):
+            self._world.overtake(some)
         self._world.use_cloud(residency, backlog, now=now)
         self._world.serve(residency.ready_models)
         self._world.stop_cancelled_jobs()

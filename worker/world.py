@@ -28,6 +28,7 @@ from worker.residency.run import needs_of
 from worker.residency.switcher import Switcher
 from worker.scheduling.admit import admit_jobs
 from worker.scheduling.celery_consumer import CeleryConsumer
+from worker.scheduling.overtake import Overtaking
 from worker.scheduling.pick import Knowledge, Turn
 from worker.scheduling.redis_queues import RedisQueues
 from worker.scheduling.redis_reroute import RedisReroute
@@ -164,6 +165,10 @@ class WorkerWorld:
         self._switcher.ask(turn.model_id, epoch)
         logger.info("scheduling.switch_asked", model_id=turn.model_id, epoch=epoch, reason=turn.reason)
         self._send_switch(turn.model_id, epoch, turn.reason)
+
+    def overtake(self, some: Overtaking) -> None:
+        """See World."""
+        self._queues.overtake(some)
 
     def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
         """See World."""

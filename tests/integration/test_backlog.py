@@ -293,6 +293,9 @@ def test_a_reading_and_each_move_cost_the_same_at_100_000_jobs(
             "read": cost(lambda: line.backlog.read(QUEUE)),
             "rank": cost(lambda: line.rank(f"job {job}", now=0)),
             "put": cost(lambda: line.put(f"new {job}", queued_at=NOW + 1e5, **about)),
+            "overtake": cost(
+                lambda: line.backlog.overtake(QUEUE, 1, prompt_token_s=1, output_token_s=0, among=8, now=0)
+            ),
             "remove": cost(lambda: line.remove(f"job {job}")),
             "take": cost(lambda: redis_client.eval(f"{scripts.LIBRARY} take(KEYS[1], 8, 0)", 1, keys.backlog(QUEUE))),
         }

@@ -26,6 +26,7 @@ class Reference:
     jobs: dict[str, tuple[Place, float]] = field(default_factory=dict)  # id -> place and tag
     virtual: dict[int, float] = field(default_factory=dict)
     ends: dict[tuple[int, str], float] = field(default_factory=dict)
+    first: set[str] = field(default_factory=set)  # those that were let overtake the others of their class
 
     def key(self, job_id: str, now: float) -> tuple[Any, ...]:
         place, tag = self.jobs[job_id]
@@ -33,7 +34,7 @@ class Reference:
             level, x = 0, place.deadline_at
         else:
             overdue = place.max_wait_s is not None and place.queued_at + place.max_wait_s <= now
-            level, x = 1 if overdue else 2, tag
+            level, x = 1 if overdue else 2, 0 if job_id in self.first else tag
         return level, place.priority, x, place.queued_at, job_id
 
     def order(self, now: float) -> list[str]:
@@ -48,7 +49,14 @@ class Reference:
             self.ends[who] = tag + max(1, (place.prompt_tokens or 0) + (place.output_tokens or 0))
         self.jobs[job_id] = place, tag
 
+    def overtake(self, least: int, among: int, now: float) -> None:
+        level, job_class, *_ = self.key(self.order(now)[0], now)
+        mates = [job_id for job_id in self.order(now) if self.key(job_id, now)[:2] == (level, job_class)][:among]
+        if level:
+            self.first |= {job_id for job_id in mates if takes(self.jobs[job_id][0]) >= least}
+
     def remove(self, job_id: str) -> tuple[Place, float] | None:
+        self.first.discard(job_id)
         gone = self.jobs.pop(job_id, None)
         if gone is not None and not any(place.priority == gone[0].priority for place, _ in self.jobs.values()):
             self.virtual.pop(gone[0].priority, None)
@@ -65,6 +73,14 @@ class Reference:
         return taken
 
 
+def takes(place: Place) -> int:
+    """Seconds that a job takes, if each token of its prompt takes two and each of its answer one."""
+    return 2 * (place.prompt_tokens or 0) + (place.output_tokens or 0)
+
+
+OTHER_STEPS = ["give_back", "remove", "rank", "move_away", "move_home", "overtake"]
+
+
 def make_trace(random: Random) -> Iterator[tuple[Any, ...]]:
     """Few classes and tenants, many puts and short bounds, so that jobs meet."""
 
@@ -73,7 +89,7 @@ def make_trace(random: Random) -> Iterator[tuple[Any, ...]]:
 
     for number in range(random.randint(20, 200)):
         job_id = f"job {random.randint(0, number)}"
-        what = random.choice(["put"] * 6 + ["take"] * 3 + ["give_back", "remove", "rank", "move_away", "move_home"])
+        what = random.choice(["put"] * 6 + ["take"] * 3 + OTHER_STEPS)
         if what == "put":
             yield what, job_id, {
                 "priority": random.choice([0, 3, 4]),
@@ -83,6 +99,8 @@ def make_trace(random: Random) -> Iterator[tuple[Any, ...]]:
                 "deadline_at": maybe(NOW + random.randint(1, 900)) if random.random() < 0.3 else None,
                 "max_wait_s": maybe(random.randint(0, 90)),
             }  # fmt: skip
+        elif what == "overtake":
+            yield what, random.randint(0, 25), random.randint(1, 9)
         else:
             yield what, random.randint(1, 3) if what == "take" else job_id
 
@@ -118,6 +136,13 @@ class Both:
     def remove(self, job_id: str) -> None:
         assert self.line.remove(job_id) == (self.reference.remove(job_id) is not None)
 
+    def overtake(self, least: int, among: int) -> None:
+        self.line.backlog.overtake(
+            self.line.queue, least, prompt_token_s=2.0, output_token_s=1.0, among=among, now=self.now
+        )
+        if self.reference.jobs:
+            self.reference.overtake(least, among, self.now)
+
     def rank(self, job_id: str) -> None:
         order = self.reference.order(self.now)
         assert self.line.rank(job_id, now=self.now) == (order.index(job_id) if job_id in order else None)
@@ -148,7 +173,7 @@ class Both:
 @given(seed=st.integers(0, 2**32), pace=st.integers(0, 5))
 def test_the_order_is_that_of_the_reference_on_every_trace(redis_client: RedisClient, seed: int, pace: int) -> None:
     """
-    Level, class, share, arrival, id: whatever was put, taken, given back, cancelled or moved before.
+    Level, class, share, arrival, id: whatever was put, taken, given back, cancelled, moved or let overtake before.
 
     The sums are those of the jobs that wait, and nothing is left behind when they are gone.
     """

@@ -1,5 +1,5 @@
 """
-Reads the Backlog: how many jobs wait for each model, whose they are, and since when.
+Reads the Backlog: how many jobs wait for each model, whose they are, and since when; lets long ones overtake.
 """
 
 from __future__ import annotations
@@ -8,11 +8,17 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from redis.exceptions import OutOfMemoryError
+
 from common import keys
 from common.backlog import RedisBacklog
 from common.bounds import Bounds
+from common.logs import get_logger
 from common.redis_client import RedisClient
+from worker.scheduling.overtake import MOST, Overtaking
 from worker.state.backlog import Backlog, Lane, Waiting
+
+logger = get_logger(__name__)
 
 
 class RedisQueues:
@@ -43,6 +49,25 @@ class RedisQueues:
             if in_lists:
                 self._backlog.adopt(keys.model_queue(model), now=time.time())
         return Backlog(by_model=by_model)
+
+    def overtake(self, some: Overtaking) -> int:
+        """Let *some* begin before the other jobs of their class; returns how many have moved, none in a full Redis."""
+        pace = some.pace
+        if not pace.prefill_tokens_per_s or not pace.decode_tokens_per_s:
+            return 0
+        try:
+            moved = self._backlog.overtake(
+                keys.model_queue(some.model_id),
+                some.long_s,
+                prompt_token_s=1 / pace.prefill_tokens_per_s,
+                output_token_s=pace.output_share / pace.decode_tokens_per_s,
+                among=MOST,
+            )
+        except OutOfMemoryError:  # Redis is full: they keep their order, and the heart goes on
+            return 0
+        if moved:
+            logger.info("scheduling.overtaking", model_id=some.model_id, jobs=moved, long_s=round(some.long_s, 3))
+        return moved
 
 
 def _lanes(sums: Sequence[Any], heads: Sequence[Sequence[Any]]) -> Iterator[Lane]:

@@ -28,6 +28,11 @@ class ModelCosts(BaseModel):
     decode_tokens_per_s: _Rate  # of one sequence
     max_num_seqs: int = Field(ge=1)  # jobs at once
 
+    def alone_s(self, prompt_tokens: int, output_tokens: int) -> tuple[float, float]:
+        """Seconds to read these prompts, and to read and answer them one after the other."""
+        reading_s = prompt_tokens / self.prefill_tokens_per_s
+        return reading_s, reading_s + output_tokens / self.decode_tokens_per_s
+
 
 def read_costs(file: Path) -> Mapping[str, ModelCosts]:
     """

@@ -22,16 +22,29 @@ class Machine:
         self.target: str | None = None  # of the switch that is asked for or under way
         self.loading = False  # jobs in flight have ended, the switch itself runs
         self.running = 0
+        self._ends_s = 0.0  # when the jobs in flight end, summed up
         self.reading_until = 0.0  # a prompt is read; the next one waits for it
 
-    def begin_with(self, started: Collection[str], ready: str | None, since: float, *, running: int) -> None:
+    def begin_with(
+        self, started: Collection[str], ready: str | None, since: float, *, ends_s: Collection[float]
+    ) -> None:
         """Begin in the middle: some models have been loaded, one may be ready and have jobs in flight."""
         self.switch_s |= {model: self._costs[model].wake_s for model in started}
-        self.ready, self.since, self.running = ready, since, running
+        self.ready, self.since = ready, since
+        self.running, self._ends_s = len(ends_s), sum(ends_s)
+
+    @property
+    def places(self) -> int:
+        """How many jobs of the ready model run at once."""
+        return self._costs[self.ready].max_num_seqs if self.ready else 0
+
+    def left_s(self, now: float) -> float:
+        """Seconds that the jobs in flight still take, one after the other."""
+        return self._ends_s - self.running * now
 
     def has_room(self) -> bool:
         """Is a place free?"""
-        return self.ready is not None and self.running < self._costs[self.ready].max_num_seqs
+        return self.running < self.places
 
     def begin(self, now: float) -> float:
         """Begin the switch that was asked for; returns when it ends."""
@@ -51,5 +64,12 @@ class Machine:
         """Start a job of the ready model; returns when it ends."""
         costs = self._costs[job.model]
         self.running += 1
-        self.reading_until = now + job.prompt_tokens / costs.prefill_tokens_per_s
-        return self.reading_until + job.output_tokens / costs.decode_tokens_per_s
+        reading_s, whole_s = costs.alone_s(job.prompt_tokens, job.output_tokens)
+        self.reading_until = now + reading_s
+        self._ends_s += now + whole_s
+        return now + whole_s
+
+    def finish(self, now: float) -> None:
+        """A job ends."""
+        self.running -= 1
+        self._ends_s = self._ends_s - now if self.running else 0.0

@@ -46,7 +46,15 @@ def plan_file(
     costs = read_costs(costs_file)
     jobs = read_trace(trace, costs)
     decide = make_policy(policy, costs, max_wait_s=max_wait_s, min_turn_s=min_turn_s)
-    run: Run = simulate(jobs, costs, decide, workers=workers, max_wait_s=max_wait_s, line=policy is PolicyName.FIFO)
+    run: Run = simulate(
+        jobs,
+        costs,
+        decide,
+        workers=workers,
+        max_wait_s=max_wait_s,
+        line=policy is PolicyName.FIFO,
+        overtaking=policy is PolicyName.SHIFTWORKER,
+    )
     report = summarize_run(run, costs, max_wait_s=max_wait_s)
     return Plan(policy=policy, workers=workers, report=report, turns=tuple(run.turns))
 

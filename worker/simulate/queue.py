@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 
 from common.keys import PRIORITY_STEPS
 from worker.scheduling.foresee import class_of
+from worker.simulate.costs import ModelCosts
 from worker.simulate.trace import TracedJob
 from worker.state.backlog import Lane, Waiting
 
@@ -56,13 +57,24 @@ class Queue:
         The bound: who has waited for so long comes first.
     by_arrival
         Serve in the order of arrival, and nothing else.
+    costs
+        What its jobs take; None = nobody asks.
     """
 
-    def __init__(self, jobs: Sequence[TracedJob], waits: bytearray, max_wait_s: float, *, by_arrival: bool) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[TracedJob],
+        waits: bytearray,
+        max_wait_s: float,
+        *,
+        by_arrival: bool,
+        costs: ModelCosts | None = None,
+    ) -> None:
         self._jobs = jobs
         self._waits = waits
         self._max_wait_s = max_wait_s
         self._by_arrival = by_arrival
+        self._costs = costs
         self._count = 0
         self._binding: list[_Place] = []  # heaps; whoever runs is dropped late
         self._overdue: list[_Place] = []
@@ -106,12 +118,23 @@ class Queue:
         """The job that arrived first."""
         return min(self._oldest(sums) for sums in self._classes.values() if sums.count)
 
-    def take(self, now: float) -> int:
-        """Take the job that is served next."""
+    def alone_s(self) -> tuple[float, float]:
+        """Seconds to read all prompts that wait, and of all jobs one after the other."""
+        assert self._costs is not None  # noqa: S101
+        waiting = [sums for sums in self._classes.values() if sums.count]
+        return self._costs.alone_s(
+            sum(sums.prompt_tokens for sums in waiting), sum(sums.output_tokens for sums in waiting)
+        )
+
+    def take(self, now: float, *, long_s: float | None = None) -> int:
+        """Take the job that is served next: of its level and class the longest, if it takes *long_s* or more."""
         if not self._by_arrival:
             self._promote(now)
         level = next(level for level in (self._binding, self._overdue, self._usual) if self._clean(level))
-        _, tag, number = heappop(level)
+        if long_s is None or level is self._binding or (number := self._overtaker(level, long_s)) is None:
+            _, tag, number = heappop(level)
+        else:
+            tag = 0.0  # the class's time stays as it is
         job = self._jobs[number]
         self._waits[number] = 0
         self._reading = None
@@ -125,6 +148,18 @@ class Queue:
         elif level is not self._binding:
             sums.virtual_time = max(sums.virtual_time, tag)
         return number
+
+    def _overtaker(self, level: list[_Place], long_s: float) -> int | None:
+        """The longest of the jobs that are level with the first, and of its class; None = it is not so long."""
+        first = level[0][0]
+        mates = [number for job_class, _, number in level if job_class == first and self._waits[number]]
+        longest = max(mates, key=self._takes_s)
+        return longest if self._takes_s(longest) >= long_s else None
+
+    def _takes_s(self, number: int) -> float:
+        assert self._costs is not None  # noqa: S101
+        job = self._jobs[number]
+        return self._costs.alone_s(job.prompt_tokens, job.output_tokens)[1]
 
     def _promote(self, now: float) -> None:
         """Give each job the level that it has at *now*."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from worker.scheduling.overtake import MOST, find_long_s
 from worker.scheduling.pick import Turn
 from worker.simulate.costs import ModelCosts
 from worker.simulate.machine import Machine
@@ -83,6 +84,7 @@ def simulate(
     workers: int = 1,
     max_wait_s: float,
     line: bool = False,
+    overtaking: bool = True,
     starts: Sequence[Start] = (_NOTHING_YET,),
     first: int | None = None,
 ) -> Run:
@@ -91,9 +93,12 @@ def simulate(
 
     One model is ready at a time on each worker; a switch waits for the jobs in flight, then takes load_s (the first
     time there) or wake_s. A job starts when a place is free and no other prompt is read. With *line*, jobs start in
-    the order of their arrival, whatever their model: FIFO. *starts*: how the first workers are at the beginning.
+    the order of their arrival, whatever their model: FIFO. With *overtaking*, long ones overtake at the end of a turn
+    (find_long_s). *starts*: how the first workers are at the beginning.
     """
-    simulation = _Simulation(jobs, costs, policy, max(workers, len(starts)), max_wait_s, line=line)
+    simulation = _Simulation(
+        jobs, costs, policy, max(workers, len(starts)), max_wait_s, line=line, overtaking=overtaking
+    )
     simulation.begin(starts)
     return simulation.run(first)
 
@@ -108,19 +113,25 @@ class _Simulation:
         max_wait_s: float,
         *,
         line: bool,
+        overtaking: bool,
     ) -> None:
         self._jobs = jobs
         self._policy = policy
         self._line = line
+        self._overtaking = overtaking and not line
         waits = bytearray(len(jobs))
-        self._queues = {model: Queue(jobs, waits, max_wait_s, by_arrival=line) for model in costs}
+        self._queues = {
+            model: Queue(jobs, waits, max_wait_s, by_arrival=line, costs=cost) for model, cost in costs.items()
+        }
         self._machines = [Machine(f"worker{n + 1}", costs) for n in range(workers)]
         self._turns: dict[int, TurnTaken] = {}  # of each machine, the newest
         self._look_at = [0.0] * workers  # the moment of the newest _LOOK asked for
         self._look: set[int] = set()  # machines whose policy must be asked
         self._events: list[tuple[float, int, int]] = []  # moment, kind, machine
         self._run = Run(jobs=jobs, starts=[0.0] * len(jobs), ends=[0.0] * len(jobs))
+        self._waits = waits
         self._waiting = 0
+        self._arrived = self._oldest = 0  # of all that have arrived, the first that waits
         self._begins_s = 0.0
         self._first = 0  # the run ends when as many jobs ...
         self._left = 1  # ... have none of them left without a place; it never does while _first is 0
@@ -132,7 +143,7 @@ class _Simulation:
 
     def _begin_one(self, which: int, start: Start) -> None:
         machine = self._machines[which]
-        machine.begin_with(start.started, start.ready, start.since_s, running=len(start.ends_s))
+        machine.begin_with(start.started, start.ready, start.since_s, ends_s=start.ends_s)
         if start.ready is not None:
             self._turns[which] = TurnTaken(machine.name, start.ready, start.since_s, start.since_s, "it was ready")
         for ends_s in start.ends_s:
@@ -167,7 +178,7 @@ class _Simulation:
     def _happen(self, kind: int, which: int, now: float) -> None:
         machine = self._machines[which]
         if kind == _END:
-            machine.running -= 1
+            machine.finish(now)
         elif kind == _READY:
             machine.end(now)
             self._turns[which].ready_s = now
@@ -180,6 +191,7 @@ class _Simulation:
         model = self._jobs[number].model
         news = self._queues[model].put(number)
         self._waiting += 1
+        self._arrived = number + 1
         for which, machine in enumerate(self._machines):
             if machine.ready == model:
                 touched.add(which)
@@ -212,7 +224,7 @@ class _Simulation:
             if machine.reading_until > now:
                 heappush(self._events, (machine.reading_until, _LOOK, which))
                 return False
-            number = queue.take(now)
+            number = queue.take(now, long_s=self._long_s(queue, machine, now) if self._overtaking else None)
             self._waiting -= 1
             self._run.starts[number] = now
             ends = self._run.ends[number] = machine.start(self._jobs[number], now)
@@ -225,6 +237,27 @@ class _Simulation:
         if not queue and self._waiting:
             self._look.add(which)  # nothing to start, and others wait: every end may change the answer
         return False
+
+    def _long_s(self, queue: Queue, machine: Machine, now: float) -> float | None:
+        """From which length on a job overtakes others, as all who serve this model see it."""
+        while not self._waits[self._oldest]:
+            self._oldest += 1
+        newest_s = self._jobs[self._arrived - 1].arrival_s
+        came_s, quiet_s = newest_s - self._jobs[self._oldest].arrival_s, now - newest_s
+        if quiet_s < came_s or len(queue) > MOST:  # as nearly always: the answer is known, and the rest takes long
+            return None
+        served = {model for other in self._machines for model in (other.ready, other.target) if model is not None}
+        mates = [other for other in self._machines if other.ready == machine.ready]
+        reading_s, whole_s = queue.alone_s()
+        return find_long_s(
+            waiting=len(queue),
+            elsewhere=self._waiting - sum(len(self._queues[model]) for model in served),
+            places=sum(mate.places for mate in mates),
+            reading_s=reading_s / len(mates),
+            whole_s=whole_s + sum(mate.left_s(now) for mate in mates),
+            came_s=came_s,
+            quiet_s=quiet_s,
+        )
 
     def _decide(self, which: int, now: float) -> None:
         machine = self._machines[which]

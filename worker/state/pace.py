@@ -26,7 +26,7 @@ class Pace:
 
         Prompts are read one after the other; the places share what the jobs take in all. The slower of the two holds.
         """
-        alone = self._alone_s(lane)
+        alone = self.alone_s(lane)
         if alone is None:
             return None if self.job_s is None else self.job_s * lane.count
         reading, whole = alone
@@ -34,7 +34,7 @@ class Pace:
 
     def one_s(self, lane: Lane) -> float | None:
         """Seconds from start to end of a usual job of *lane*; None = nobody knows."""
-        alone = self._alone_s(lane)
+        alone = self.alone_s(lane)
         if alone is None:
             return None if self.job_s is None else self.job_s * self.at_once
         return alone[1] / lane.count
@@ -45,8 +45,8 @@ class Pace:
             return lane.output_tokens * self.output_share
         return None if self.output_tokens is None else self.output_tokens * lane.count
 
-    def _alone_s(self, lane: Lane) -> tuple[float, float] | None:
-        """Seconds to read all prompts, and of all jobs one after the other."""
+    def alone_s(self, lane: Lane) -> tuple[float, float] | None:
+        """Seconds to read all prompts of *lane*, and of all its jobs one after the other; None = nobody knows."""
         prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
         output = self.answers_tokens(lane)
         if not prefill or not decode or not lane.count or lane.prompt_tokens is None or output is None:

@@ -15,6 +15,7 @@ from common.schemas import HardwareStatus, SwitchStage
 from tests.factories import make_machine
 from worker.hardware.gpu import Machine
 from worker.runtime import Heart, Runtime
+from worker.scheduling.overtake import Overtaking
 from worker.scheduling.pick import Knowledge, Turn
 from worker.state.backlog import Backlog, Lane, Waiting
 from worker.state.pace import Pace
@@ -70,6 +71,9 @@ class PaperWorld:
         self.is_loaded = replace(
             self.is_loaded, switching=Switching(to_model=turn.model_id or "", epoch=1, since=self.now)
         )
+
+    def overtake(self, some: Overtaking) -> None:
+        self.deeds.append(f"long jobs of {some.model_id} first")
 
     def use_cloud(self, residency: Residency, backlog: Backlog, *, now: float) -> None:
         self.offered_to_cloud = (residency, backlog, now)
@@ -302,6 +306,22 @@ def test_a_larger_model_takes_jobs_in_place_of_a_switch(beat: Beat, takes: int, 
     beat.world.takes = takes
 
     assert beat()[: len(deeds)] == deeds
+
+
+def test_long_jobs_of_a_batch_begin_first_at_the_end_of_a_turn(beat: Beat) -> None:
+    """Eight jobs on four places, and more for another model than can be overtaken; not where nobody knows the pace."""
+    lanes = {
+        model: Lane(count=count, oldest_at=0.0, newest_at=1.0, prompt_tokens=100 * count, output_tokens=100 * count)
+        for model, count in (("a", 8), ("b", 32))
+    }
+    beat.world.waits = Backlog(
+        by_model={model: Waiting(count=lane.count, oldest_at=0.0, lanes=(lane,)) for model, lane in lanes.items()}
+    )
+    beat.world.is_loaded = with_ready("a")
+    assert "long jobs of a first" not in beat()
+
+    beat.world.known = Knowledge(paces={"a": Pace(prefill_tokens_per_s=1000, decode_tokens_per_s=10, at_once=4)})
+    assert "long jobs of a first" in beat()
 
 
 def test_what_other_workers_serve_is_left_to_them(beat: Beat) -> None:

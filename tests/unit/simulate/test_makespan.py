@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.lower_bound import lower_bound_s
 from tests.traces import KINDS, World, make_costs, make_job, make_world
 from worker.simulate.costs import ModelCosts
+from worker.simulate.policies import PolicyName
 from worker.simulate.trace import TracedJob
 
 
@@ -73,13 +74,29 @@ def test_the_makespan_is_near_the_lower_bound(kind: str) -> None:
     """
     At most a tenth above what no schedule can beat, for up to four jobs at once and traces that are not short.
 
-    At the end of a trace, a schedule that knows the future waits where we switch. With many jobs at once, each turn
-    ends with places that fall empty one by one: the bound holds for orders that avoid it, ours is that of arrival.
+    At the end of a trace, a schedule that knows the future waits where we switch. With many jobs at once, a turn ends
+    with places that fall empty one by one, while jobs come or in the last turn; the bound is that of orders without.
     """
     for seed in range(24):
         world = make_world(seed, kind, count=2000)
         if all(cost.max_num_seqs <= 4 for cost in world.costs.values()):
             assert world.report().makespan_s <= 1.10 * lower_bound_s(world), seed
+
+
+@pytest.mark.parametrize("seed", [1, 3, 7, 8, 11, 19, 22])
+def test_with_many_places_a_batch_ends_near_the_lower_bound(seed: int) -> None:
+    """
+    Of the first 24 seeds, those with 16 and 64 places but one, whose last turn is long: within 6 %.
+
+    Never later than in the order of arrival, as collation has it; nobody pays for it with his waiting.
+    """
+    world = make_world(seed, "at once", count=2000)
+    ours, plain = world.report(), world.report(PolicyName.COLLATE)
+
+    assert min(cost.max_num_seqs for cost in world.costs.values()) >= 16
+    assert ours.makespan_s <= 1.06 * lower_bound_s(world)
+    assert ours.makespan_s <= plain.makespan_s + 1e-6
+    assert ours.p95_wait_s <= plain.p95_wait_s + 1e-6
 
 
 AN_HOUR = {"steady": (20, 28, 29, 48, 56), "bursts": (24, 39, 53, 56), "bursts of one model": (8, 30, 39)}
@@ -129,7 +146,7 @@ def test_jobs_with_several_places_end_near_the_best() -> None:
     """
     Against all orders within each turn, on 24 traces of up to 14 jobs: 2 % above the best in the mean, 16 % at worst.
 
-    Ours is the order of arrival: the last jobs of a turn may be long ones, while other places are empty already.
+    So few keep the order of arrival: the last jobs of a turn may be long ones, while other places are empty already.
     """
     ratios = []
     for seed, places in product(range(12), (2, 3)):

@@ -82,3 +82,36 @@ def test_the_reading_sums_up_each_class() -> None:
     assert queue.take(4.0) == 0
     assert queue.read(55.0).lanes[0].deadline_at == 90.0
     assert queue.read(55.0).oldest_at == 2.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(drawn_jobs, st.integers(1, 10))
+def test_the_longest_job_that_is_level_with_the_first_overtakes(
+    drawn: list[tuple[int, int, str, int, int | None, int]], long_s: int
+) -> None:
+    """If it is long enough, and the first one has no deadline that binds; as the backlog in Redis would let it."""
+    jobs, places = [], {}
+    for number, (gap, priority, tenant, size, deadline, _) in enumerate(drawn):
+        due = None if deadline is None else 2.0 * gap + deadline
+        jobs.append(make_job(number, "a", 0.0, size=size, priority=priority, tenant=tenant, deadline_s=due))
+    queue, reference = Queue(jobs, bytearray(len(jobs)), BOUND_S, by_arrival=False, costs=make_costs()), Reference()
+    for number, job in enumerate(jobs):
+        queue.put(number)
+        places[number] = Place(
+            queued_at=0.0, priority=job.priority, tenant=job.tenant, prompt_tokens=job.prompt_tokens,
+            output_tokens=job.output_tokens, deadline_at=job.deadline_s, max_wait_s=BOUND_S,
+        )  # fmt: skip
+        reference.put(f"{number:03}", places[number])
+    for step in range(len(jobs)):
+        now = 2.0 * step
+        order = [int(job_id) for job_id in reference.order(now)]
+        binds, job_class = (reference.key(f"{order[0]:03}", now)[n] for n in (0, 1))
+        mates = [n for n in order if reference.key(f"{n:03}", now)[:2] == (binds, job_class)]
+        most_s = max(jobs[n].prompt_tokens for n in mates) / 100
+        taken = queue.take(now, long_s=long_s)
+        if binds and most_s >= long_s:
+            assert jobs[taken].prompt_tokens == 100 * most_s
+            assert taken in mates
+            reference.remove(f"{taken:03}")
+        else:
+            assert [f"{taken:03}"] == reference.take(1, now)
