@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
+from common.bounds import Bounds
 from common.errors import BadSetting
 from common.fleet import read_offers, read_statuses
 from common.settings import Settings
-from worker.cli.console import Json, err, out, print_json, reach_redis, read_settings
+from worker.cli.console import Json, out, print_json, reach_redis, read_settings
 
 app = typer.Typer()
 
@@ -39,8 +40,6 @@ def plan(
     max_wait_s = settings.switch.max_wait_s if max_wait is None else max_wait
     if live == (trace is not None):
         raise BadSetting("shiftworker plan needs a TRACE, or --live for what waits now: one of the two.")
-    if settings.switch.max_waits:
-        err.print(f"SWITCH_MAX_WAITS is left out: here all jobs have one bound, {max_wait_s:g} s.", style="yellow")
     if trace is None:
         _plan_live(settings, costs, max_wait_s, as_json=as_json)
         return
@@ -49,7 +48,7 @@ def plan(
         costs,
         policy=policy_named(policy),
         workers=workers,
-        max_wait_s=max_wait_s,
+        bounds=Bounds.parse(max_wait_s, settings.switch.max_waits),
         min_turn_s=settings.switch.min_turn_s,
     )
     if as_json:

@@ -177,6 +177,7 @@ def jobs_of(lane: Lane, model: str, *, now: float, sizes: Sequence[float]) -> li
             prompt_tokens=round((lane.prompt_tokens or 0) * size),
             output_tokens=round((lane.output_tokens or 0) * size),
             priority=lane.priority,
+            max_wait_s=lane.max_wait_s,
         )
         for n, size in enumerate(sizes)
     ]

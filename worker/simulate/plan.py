@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.bounds import Bounds
+from common.keys import PRIORITY_STEPS
+from worker.scheduling.foresee import class_of
 from worker.simulate.costs import read_costs
 from worker.simulate.policies import PolicyName, make_policy
 from worker.simulate.report import Report, summarize_run
 from worker.simulate.run import Run, TurnTaken, simulate
-from worker.simulate.trace import read_trace
+from worker.simulate.trace import TracedJob, read_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,10 @@ class Plan:
 
 
 def plan_file(
-    trace: Path, costs_file: Path, *, policy: PolicyName, workers: int, max_wait_s: float, min_turn_s: float
+    trace: Path, costs_file: Path, *, policy: PolicyName, workers: int, bounds: Bounds, min_turn_s: float
 ) -> Plan:
     """
-    Run the trace of a file with the costs of another.
+    Run the trace of a file with the costs of another; *bounds* are those of tenants and classes.
 
     Raises
     ------
@@ -45,18 +48,25 @@ def plan_file(
     """
     costs = read_costs(costs_file)
     jobs = read_trace(trace, costs)
-    decide = make_policy(policy, costs, max_wait_s=max_wait_s, min_turn_s=min_turn_s)
+    if bounds.by:
+        jobs = [_with_bound(job, bounds) for job in jobs]
+    decide = make_policy(policy, costs, max_wait_s=bounds.usual_s, min_turn_s=min_turn_s)
     run: Run = simulate(
         jobs,
         costs,
         decide,
         workers=workers,
-        max_wait_s=max_wait_s,
+        max_wait_s=bounds.usual_s,
         line=policy is PolicyName.FIFO,
         overtaking=policy is PolicyName.SHIFTWORKER,
     )
-    report = summarize_run(run, costs, max_wait_s=max_wait_s)
+    report = summarize_run(run, costs, max_wait_s=bounds.usual_s)
     return Plan(policy=policy, workers=workers, report=report, turns=tuple(run.turns))
+
+
+def _with_bound(job: TracedJob, bounds: Bounds) -> TracedJob:
+    bound_s = bounds.of(job.tenant, PRIORITY_STEPS[class_of(job.priority)])
+    return job if bound_s == bounds.usual_s else job._replace(max_wait_s=bound_s)
 
 
 def turn_as_dict(turn: TurnTaken) -> dict[str, Any]:

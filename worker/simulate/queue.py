@@ -24,15 +24,24 @@ _Place = tuple[int, float, int]  # class, tag or deadline, number: who is served
 
 
 @dataclass(slots=True)
-class _Class:
-    """The jobs of one class: their sums, and who has had how much of it."""
+class _Lane:
+    """The jobs of one class that have the same bound, summed up."""
 
-    priority: int  # its step
+    priority: int  # the step of the class
+    max_wait_s: float | None  # as the jobs say
     count: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     arrived: deque[int] = field(default_factory=deque)  # in order of arrival; those that run are dropped late
     deadlines: list[tuple[float, int]] = field(default_factory=list)  # a heap; likewise
+
+
+@dataclass(slots=True)
+class _Class:
+    """The jobs of one class, and who has had how much of it."""
+
+    count: int = 0
+    lanes: dict[float | None, _Lane] = field(default_factory=dict)  # by bound
     virtual_time: float = 0.0  # the tag of the job served last
     share_ends: dict[str, float] = field(default_factory=dict)  # by tenant
 
@@ -54,7 +63,7 @@ class Queue:
     waits
         By job: 1 while it waits; shared by all queues.
     max_wait_s
-        The bound: who has waited for so long comes first.
+        The bound of jobs that say none of their own: who has waited for so long comes first.
     by_arrival
         Serve in the order of arrival, and nothing else.
     costs
@@ -80,8 +89,9 @@ class Queue:
         self._overdue: list[_Place] = []
         self._usual: list[_Place] = []
         self._will_be_overdue: deque[_Place] = deque()  # in order of arrival
-        self._will_bind: list[tuple[float, _Place]] = []  # a heap, by the moment
-        self._classes = {step: _Class(step) for step in PRIORITY_STEPS}
+        self._will_break_own: list[tuple[float, _Place]] = []  # jobs with a bound of their own: a heap, by the moment
+        self._will_bind: list[tuple[float, _Place]] = []  # likewise
+        self._classes = {step: _Class() for step in PRIORITY_STEPS}
         self._reading: Waiting | None = _EMPTY
         self._reading_until = math.inf
 
@@ -95,35 +105,43 @@ class Queue:
         self._reading = None
         self._count += 1
         job_class = class_of(job.priority)
-        sums = self._classes[PRIORITY_STEPS[job_class]]
-        sums.count += 1
-        sums.prompt_tokens += job.prompt_tokens
-        sums.output_tokens += job.output_tokens
-        sums.arrived.append(number)
+        step = PRIORITY_STEPS[job_class]
+        mates = self._classes[step]
+        mates.count += 1
+        lane = mates.lanes.get(job.max_wait_s)
+        if lane is None:
+            lane = mates.lanes[job.max_wait_s] = _Lane(step, job.max_wait_s)
+        lane.count += 1
+        lane.prompt_tokens += job.prompt_tokens
+        lane.output_tokens += job.output_tokens
+        lane.arrived.append(number)
         if self._by_arrival:
             heappush(self._usual, (0, 0.0, number))
-            return sums.count == 1
-        place = (job_class, sums.next_tag(job), number)
+            return lane.count == 1
+        place = (job_class, mates.next_tag(job), number)
         heappush(self._usual, place)
-        self._will_be_overdue.append(place)
+        if job.max_wait_s is None:
+            self._will_be_overdue.append(place)
+        else:
+            heappush(self._will_break_own, (job.arrival_s + job.max_wait_s, place))
         if job.deadline_s is None:
-            return sums.count == 1
+            return lane.count == 1
         binds_at = (job.arrival_s + job.deadline_s) / 2
         heappush(self._will_bind, (binds_at, (job_class, job.deadline_s, number)))
-        heappush(sums.deadlines, (job.deadline_s, number))
-        return sums.deadlines[0][1] == number or sums.count == 1
+        heappush(lane.deadlines, (job.deadline_s, number))
+        return lane.deadlines[0][1] == number or lane.count == 1
 
     @property
     def oldest(self) -> int:
         """The job that arrived first."""
-        return min(self._oldest(sums) for sums in self._classes.values() if sums.count)
+        return min(self._oldest(lane) for lane in self._lanes())
 
     def alone_s(self) -> tuple[float, float]:
         """Seconds to read all prompts that wait, and of all jobs one after the other."""
         assert self._costs is not None  # noqa: S101
-        waiting = [sums for sums in self._classes.values() if sums.count]
+        waiting = self._lanes()
         return self._costs.alone_s(
-            sum(sums.prompt_tokens for sums in waiting), sum(sums.output_tokens for sums in waiting)
+            sum(lane.prompt_tokens for lane in waiting), sum(lane.output_tokens for lane in waiting)
         )
 
     def take(self, now: float, *, long_s: float | None = None) -> int:
@@ -139,15 +157,21 @@ class Queue:
         self._waits[number] = 0
         self._reading = None
         self._count -= 1
-        sums = self._classes[PRIORITY_STEPS[class_of(job.priority)]]
-        sums.count -= 1
-        sums.prompt_tokens -= job.prompt_tokens
-        sums.output_tokens -= job.output_tokens
-        if not sums.count:
-            sums.virtual_time, sums.share_ends = 0.0, {}
+        mates = self._classes[PRIORITY_STEPS[class_of(job.priority)]]
+        mates.count -= 1
+        lane = mates.lanes[job.max_wait_s]
+        lane.count -= 1
+        lane.prompt_tokens -= job.prompt_tokens
+        lane.output_tokens -= job.output_tokens
+        if not mates.count:
+            mates.virtual_time, mates.share_ends = 0.0, {}
         elif level is not self._binding:
-            sums.virtual_time = max(sums.virtual_time, tag)
+            mates.virtual_time = max(mates.virtual_time, tag)
         return number
+
+    def _lanes(self) -> list[_Lane]:
+        """Those in which jobs wait, the most urgent class first."""
+        return [lane for mates in self._classes.values() if mates.count for lane in mates.lanes.values() if lane.count]
 
     def _overtaker(self, level: list[_Place], long_s: float) -> int | None:
         """The longest of the jobs that are level with the first, and of its class; None = it is not so long."""
@@ -169,6 +193,8 @@ class Queue:
             place = soon.popleft()
             if waits[place[2]]:
                 heappush(self._overdue, place)
+        while self._will_break_own and self._will_break_own[0][0] <= now:
+            heappush(self._overdue, heappop(self._will_break_own)[1])
         while self._will_bind and self._will_bind[0][0] <= now:
             heappush(self._binding, heappop(self._will_bind)[1])
 
@@ -179,30 +205,31 @@ class Queue:
         return bool(level)
 
     def read(self, now: float) -> Waiting:
-        """Read the sums, the tenants of a class together; once between two changes, unless a deadline passes."""
+        """Read the sums by class and bound, tenants together; once between two changes, unless a deadline passes."""
         if self._reading is None or now >= self._reading_until:
-            lanes = tuple(self._read(sums, now) for sums in self._classes.values() if sums.count)
+            lanes = tuple(self._read(lane, now) for lane in self._lanes())
             oldest = min((lane.oldest_at for lane in lanes if lane.oldest_at is not None), default=None)
             deadlines = (lane.deadline_at for lane in lanes if lane.deadline_at is not None)
             self._reading_until = min(deadlines, default=math.inf)
             self._reading = Waiting(count=self._count, oldest_at=oldest, lanes=lanes)
         return self._reading
 
-    def _read(self, sums: _Class, now: float) -> Lane:
+    def _read(self, lane: _Lane, now: float) -> Lane:
         waits = self._waits
-        while sums.deadlines and (not waits[sums.deadlines[0][1]] or sums.deadlines[0][0] <= now):
-            heappop(sums.deadlines)
+        while lane.deadlines and (not waits[lane.deadlines[0][1]] or lane.deadlines[0][0] <= now):
+            heappop(lane.deadlines)
         return Lane(
-            count=sums.count,
-            oldest_at=self._jobs[self._oldest(sums)].arrival_s,
-            newest_at=self._jobs[sums.arrived[-1]].arrival_s,
-            priority=sums.priority,
-            prompt_tokens=sums.prompt_tokens,
-            output_tokens=sums.output_tokens,
-            deadline_at=sums.deadlines[0][0] if sums.deadlines else None,
+            count=lane.count,
+            oldest_at=self._jobs[self._oldest(lane)].arrival_s,
+            newest_at=self._jobs[lane.arrived[-1]].arrival_s,
+            priority=lane.priority,
+            prompt_tokens=lane.prompt_tokens,
+            output_tokens=lane.output_tokens,
+            deadline_at=lane.deadlines[0][0] if lane.deadlines else None,
+            max_wait_s=lane.max_wait_s,
         )
 
-    def _oldest(self, sums: _Class) -> int:
-        while not self._waits[sums.arrived[0]]:
-            sums.arrived.popleft()
-        return sums.arrived[0]
+    def _oldest(self, lane: _Lane) -> int:
+        while not self._waits[lane.arrived[0]]:
+            lane.arrived.popleft()
+        return lane.arrived[0]

@@ -35,7 +35,7 @@ class Report:
 
 
 def summarize_run(run: Run, costs: Mapping[str, ModelCosts], *, max_wait_s: float) -> Report:
-    """Sum up *run*; *max_wait_s* is the bound."""
+    """Sum up *run*; *max_wait_s* is the bound of jobs that have none of their own."""
     waits = sorted(start - job.arrival_s for job, start in zip(run.jobs, run.starts, strict=True))
     return Report(
         jobs=len(waits),
@@ -58,7 +58,8 @@ def find_violations(run: Run, costs: Mapping[str, ModelCosts], *, max_wait_s: fl
 
     In flight are those that run at the moment when the bound of the job is over.
     """
-    late = [n for n, job in enumerate(run.jobs) if run.starts[n] - job.arrival_s > max_wait_s]
+    bounds = [max_wait_s if job.max_wait_s is None else job.max_wait_s for job in run.jobs]
+    late = [n for n, job in enumerate(run.jobs) if run.starts[n] - job.arrival_s > bounds[n]]
     if not late:
         return []
     order = sorted(range(len(run.jobs)), key=run.starts.__getitem__)
@@ -70,7 +71,7 @@ def find_violations(run: Run, costs: Mapping[str, ModelCosts], *, max_wait_s: fl
 
     def allowed_until(n: int) -> float:
         job = run.jobs[n]
-        over_at = job.arrival_s + max_wait_s
+        over_at = job.arrival_s + bounds[n]
         running = bisect_right(starts, over_at)
         cost = costs[job.model]
         switch_s = cost.wake_s if first_ready[job.model] <= over_at else max(cost.load_s, cost.wake_s)

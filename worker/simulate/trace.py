@@ -27,6 +27,7 @@ class TracedJob(NamedTuple):
     priority: int = USUAL_PRIORITY  # 0 is served first, as in JobRequest
     deadline_s: float | None = None  # a moment, as arrival_s is
     tenant: str = "default"
+    max_wait_s: float | None = None  # its own bound; None = that of the run
 
 
 def read_trace(file: Path, models: Iterable[str]) -> list[TracedJob]:

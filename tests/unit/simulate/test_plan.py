@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from common.bounds import Bounds
 from common.errors import BadSetting
 from worker.cli import app
 from worker.simulate.plan import plan_file
@@ -65,6 +66,16 @@ def test_the_bound_is_an_option(files: tuple[Path, Path]) -> None:
     assert json.loads(plan(files, "--json"))["bound_violations"] == 0
 
 
+def test_tenants_and_classes_have_the_bounds_that_the_workers_know(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SWITCH_MAX_WAITS: a second for one tenant is broken by its jobs, and one for another by none."""
+    monkeypatch.setenv("SWITCH_MAX_WAITS", "default=1")
+    assert json.loads(plan(files, "--json"))["bound_violations"] > 0
+    monkeypatch.setenv("SWITCH_MAX_WAITS", "acme=1,*:9=1")
+    assert json.loads(plan(files, "--json"))["bound_violations"] == 0
+
+
 def test_an_unknown_policy_is_refused() -> None:
     """With those there are."""
     with pytest.raises(BadSetting, match="shiftworker, fifo, collate, round-robin"):
@@ -73,5 +84,6 @@ def test_an_unknown_policy_is_refused() -> None:
 
 def test_the_plan_keeps_its_runs_apart(files: tuple[Path, Path]) -> None:
     """The same file twice gives the same plan."""
-    options = {"policy": PolicyName.SHIFTWORKER, "workers": 2, "max_wait_s": 600.0, "min_turn_s": 30.0}
+    bounds = Bounds(usual_s=600.0)
+    options = {"policy": PolicyName.SHIFTWORKER, "workers": 2, "bounds": bounds, "min_turn_s": 30.0}
     assert plan_file(*files, **options) == plan_file(*files, **options)  # type: ignore[arg-type]

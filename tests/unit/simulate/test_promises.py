@@ -147,6 +147,17 @@ def test_a_deadline_brings_its_model_in_time() -> None:
     assert "should start within" in run.turns[1].reason
 
 
+def test_a_job_with_a_bound_of_its_own_is_served_within_it() -> None:
+    """It comes at 20 and may wait for 30 s: then the job in flight ends and its model is loaded. Else it is last."""
+    world = busy_with(make_job(200, "b", 20.0, max_wait_s=30.0))
+    assert world.report().bound_violations == 0
+    assert max(world.run().starts) > 200
+    assert next(turn for turn in world.run().turns if turn.model == "b").ready_s <= 20 + 30 + 1 + 10
+
+    patient = busy_with(make_job(200, "b", 20.0))
+    assert [turn.model for turn in patient.run().turns] == ["a", "b"]
+
+
 def test_interactive_jobs_come_before_batch_and_batch_resumes() -> None:
     """Once the turn has paid for two switches and the job in flight: (10 + 2 + 1) s are a fifth of 65 s."""
     world = busy_with(make_job(200, "b", 20.0, priority=0), busy_priority=9)

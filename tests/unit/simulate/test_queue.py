@@ -22,6 +22,7 @@ drawn_jobs = st.lists(
         st.integers(1, 9),
         st.one_of(st.none(), st.integers(1, 200)),  # seconds until its deadline
         st.integers(0, 2),  # jobs that are taken when it has come
+        st.sampled_from((None, 20.0, 90.0)),  # its own bound
     ),
     min_size=1,
     max_size=40,
@@ -31,14 +32,15 @@ drawn_jobs = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(drawn_jobs)
 def test_jobs_are_served_in_the_order_of_the_real_backlog(
-    drawn: list[tuple[int, int, str, int, int | None, int]],
+    drawn: list[tuple[int, int, str, int, int | None, int, float | None]],
 ) -> None:
     """The reference is the one that the backlog in Redis is held to: levels, classes, fair shares, arrival."""
     jobs, at = [], 0.0
-    for number, (gap, priority, tenant, size, deadline, _) in enumerate(drawn):
+    for number, (gap, priority, tenant, size, deadline, _, own_s) in enumerate(drawn):
         at += gap
         due = None if deadline is None else at + deadline
-        jobs.append(make_job(number, "a", at, size=size, priority=priority, tenant=tenant, deadline_s=due))
+        changes = {"priority": priority, "tenant": tenant, "deadline_s": due, "max_wait_s": own_s}
+        jobs.append(make_job(number, "a", at, size=size, **changes))
     queue, reference = Queue(jobs, bytearray(len(jobs)), BOUND_S, by_arrival=False), Reference()
 
     def take(most: int, now: float) -> None:
@@ -49,10 +51,10 @@ def test_jobs_are_served_in_the_order_of_the_real_backlog(
         queue.put(number)
         place = Place(
             queued_at=job.arrival_s, priority=job.priority, tenant=job.tenant, prompt_tokens=job.prompt_tokens,
-            output_tokens=job.output_tokens, deadline_at=job.deadline_s, max_wait_s=BOUND_S,
+            output_tokens=job.output_tokens, deadline_at=job.deadline_s, max_wait_s=job.max_wait_s or BOUND_S,
         )  # fmt: skip
         reference.put(f"{number:03}", place)
-        take(drawn[number][-1], job.arrival_s)
+        take(drawn[number][5], job.arrival_s)
     take(len(queue), at + BOUND_S / 2)
 
 
@@ -84,14 +86,28 @@ def test_the_reading_sums_up_each_class() -> None:
     assert queue.read(55.0).oldest_at == 2.0
 
 
+def test_jobs_with_another_bound_are_read_as_another_lane() -> None:
+    """Their class and its shares stay one."""
+    jobs = [make_job(0, "a", 1.0), make_job(1, "a", 2.0, max_wait_s=9.0), make_job(2, "a", 3.0)]
+    queue = Queue(jobs, bytearray(3), BOUND_S, by_arrival=False)
+    for number in range(3):
+        queue.put(number)
+
+    assert [(lane.count, lane.max_wait_s, lane.oldest_at) for lane in queue.read(3.0).lanes] == [
+        (2, None, 1.0),
+        (1, 9.0, 2.0),
+    ]
+    assert [queue.take(11.0) for _ in range(3)] == [1, 0, 2]
+
+
 @settings(max_examples=300, deadline=None)
 @given(drawn_jobs, st.integers(1, 10))
 def test_the_longest_job_that_is_level_with_the_first_overtakes(
-    drawn: list[tuple[int, int, str, int, int | None, int]], long_s: int
+    drawn: list[tuple[int, int, str, int, int | None, int, float | None]], long_s: int
 ) -> None:
     """If it is long enough, and the first one has no deadline that binds; as the backlog in Redis would let it."""
     jobs, places = [], {}
-    for number, (gap, priority, tenant, size, deadline, _) in enumerate(drawn):
+    for number, (gap, priority, tenant, size, deadline, _, _) in enumerate(drawn):
         due = None if deadline is None else 2.0 * gap + deadline
         jobs.append(make_job(number, "a", 0.0, size=size, priority=priority, tenant=tenant, deadline_s=due))
     queue, reference = Queue(jobs, bytearray(len(jobs)), BOUND_S, by_arrival=False, costs=make_costs()), Reference()

@@ -30,7 +30,7 @@ def test_jobs_come_in_the_order_of_their_arrival(tmp_path: Path) -> None:
 
     assert [job.id for job in jobs] == ["y", "x", "7"]
     assert jobs[1] == TracedJob("x", 1.5, "a", 3, 4, priority=3, deadline_s=None, tenant="default")
-    assert jobs[2][5:] == (0, 20, "t")
+    assert (jobs[2].priority, jobs[2].deadline_s, jobs[2].tenant) == (0, 20, "t")
 
 
 @pytest.mark.parametrize(
