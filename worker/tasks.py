@@ -176,19 +176,29 @@ def body_of(args: tuple[Any, ...], fields: dict[str, Any]) -> object:
     """
     The job's body, as producers send it: one object as the only argument, or its fields by name.
 
+    In a chain or a chord Celery puts before it what the jobs before it gave; nothing is done with that.
+
     Raises
     ------
     InvalidRequest
         It is neither.
     """
+    if len(args) == bool(not fields) + 1 and _is_of_jobs(args[0]):
+        args = args[1:]
     if len(args) == 1 and not fields:
         return args[0]
     if fields and not args:
         return fields
     raise InvalidRequest(
         f"{keys.SUBMIT_TASK} takes the body as its one argument, args=[body], or its fields by name, kwargs=body; "
-        f"got {len(args)} arguments and {len(fields)} named ones."
+        f"got {len(args)} arguments and {len(fields)} named ones. In a chain, behind a task that is no job, make it "
+        "immutable (signature.si)."
     )
+
+
+def _is_of_jobs(result: object) -> bool:
+    """Is it what a job gives (see `settle`), or a list of that?"""
+    return all(isinstance(one, dict) and "ledger" in one for one in (result if isinstance(result, list) else [result]))
 
 
 def routed_of(args: tuple[Any, ...], fields: dict[str, Any]) -> tuple[JobRequest, Route]:

@@ -29,10 +29,10 @@ def node_env(node_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return node_env | stub_env(tmp_path, MODELS, load_s=0.1, run_s=0.01, SWITCH_MIN_TURN_S=0.5, SWITCH_MAX_WAIT_S=2)
 
 
-def job(box: Box, model: str, text: str = "Hello") -> Signature:
+def job(box: Box, model: str, text: str = "Hello", *, immutable: bool = False) -> Signature:
     """A job as a part of a canvas, made by an app that knows nothing of ours."""
     body = {"messages": [{"role": "user", "content": text}], "model": model}
-    return box.setup.app.signature(keys.SUBMIT_TASK, args=[body], queue=keys.SUBMIT_QUEUE, immutable=True)
+    return box.setup.app.signature(keys.SUBMIT_TASK, args=[body], queue=keys.SUBMIT_QUEUE, immutable=immutable)
 
 
 def test_a_thousand_mixed_jobs_run_on_their_own_models_and_none_is_lost(box: Box) -> None:
@@ -59,7 +59,7 @@ def test_a_thousand_mixed_jobs_run_on_their_own_models_and_none_is_lost(box: Box
 
 def test_a_chain_goes_from_model_to_model(box: Box) -> None:
     """Each step is sent when the one before it has its outcome; the last one's result is the chain's."""
-    sent = chain(job(box, "red"), job(box, "green"), job(box, "blue")).apply_async()
+    sent = chain(job(box, "red"), job(box, "green", immutable=True), job(box, "blue")).apply_async()
     assert sent.get(timeout=60)["ledger"]["model"] == "blue"
     assert sent.parent.get(timeout=1)["ledger"]["model"] == "green"
     assert sent.parent.parent.get(timeout=1)["ledger"]["model"] == "red"

@@ -150,6 +150,9 @@ def test_the_body_comes_as_one_argument_or_as_fields() -> None:
     """Both ways in which producers call a task by name; anything else is refused with the two named."""
     assert body_of((BODY,), {}) == BODY
     assert body_of((), BODY) == BODY
+    for before in ({"id": "x", "ledger": {}}, [{"ledger": {}}, {"ledger": {}}]):  # as Celery's chain and chord do
+        assert body_of((before, BODY), {}) == BODY
+        assert body_of((before,), BODY) == BODY
     for args, fields in (((), {}), ((BODY, BODY), {}), ((BODY,), BODY)):
         with pytest.raises(InvalidRequest, match=r"args=\[body\]"):
             body_of(args, fields)

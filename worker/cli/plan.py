@@ -37,18 +37,18 @@ def plan(
     from worker.simulate.show import show_plan  # noqa: PLC0415 - as above
 
     settings = read_settings()
-    max_wait_s = settings.switch.max_wait_s if max_wait is None else max_wait
+    bounds = Bounds.parse(settings.switch.max_wait_s if max_wait is None else max_wait, settings.switch.max_waits)
     if live == (trace is not None):
         raise BadSetting("shiftworker plan needs a TRACE, or --live for what waits now: one of the two.")
     if trace is None:
-        _plan_live(settings, costs, max_wait_s, as_json=as_json)
+        _plan_live(settings, costs, bounds, as_json=as_json)
         return
     found = plan_file(
         trace,
         costs,
         policy=policy_named(policy),
         workers=workers,
-        bounds=Bounds.parse(max_wait_s, settings.switch.max_waits),
+        bounds=bounds,
         min_turn_s=settings.switch.min_turn_s,
     )
     if as_json:
@@ -57,7 +57,7 @@ def plan(
         out.print(show_plan(found, turns=turns))
 
 
-def _plan_live(settings: Settings, costs_file: Path, max_wait_s: float, *, as_json: bool) -> None:
+def _plan_live(settings: Settings, costs_file: Path, bounds: Bounds, *, as_json: bool) -> None:
     """Print what the worker would do with the jobs that wait."""
     from worker.scheduling.redis_queues import RedisQueues  # noqa: PLC0415 - as above
     from worker.simulate.costs import read_costs  # noqa: PLC0415 - as above
@@ -68,11 +68,11 @@ def _plan_live(settings: Settings, costs_file: Path, max_wait_s: float, *, as_js
     found = read_statuses(client)
     offered = {model.id for offer in read_offers(client) for model in offer.models}
     planned = plan_backlog(
-        RedisQueues(client, sorted(offered | costs.keys())).backlog(),
+        RedisQueues(client, sorted(offered | costs.keys()), bounds=bounds).backlog(),
         costs,
         now=time.time(),
         workers=found,
-        max_wait_s=max_wait_s,
+        max_wait_s=bounds.usual_s,
         min_turn_s=settings.switch.min_turn_s,
     )
     if as_json:
