@@ -50,7 +50,8 @@ _POP_MOST = 64  # messages in one round trip
 
 _DELIVERIES = (keys.UNACKED, keys.UNACKED_INDEX, keys.UNACKED_OWNER)
 
-_NO_MESSAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading one raises
+# What reading one raises, as kombu and we read it.
+_NO_MESSAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 
 _open_channels: WeakSet[Channel] = WeakSet()
 _acknowledged: set[str] = set()  # tags that a script has taken off the books, and kombu has not yet been told of
@@ -123,7 +124,9 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
             return False
         try:
             message, exchange, routing_key = _as_redelivered(entry)
-            job_id, place = job_id_of(message), place_json(message, now=time(), bounds=channel.bounds)
+            job_id = job_id_of(message).encode()
+            place = place_json(message, now=time(), bounds=channel.bounds).encode()
+            priority, raw = channel._get_message_priority(message, reverse=False), dumps(message)
         except _NO_MESSAGE as error:
             logger.warning("delivery.malformed", error=f"{type(error).__name__}: {error}")
             redis.eval(scripts.SET_ASIDE, 4, *_DELIVERIES, keys.MALFORMED, tag, entry)
@@ -132,16 +135,16 @@ def give_back(channel: Any, tag: str, *, owner: str, client: Any = None, side: s
         if keys.has_backlog(queue):
             target, how = keys.backlog(queue), [job_id, place]
         else:
-            target, how = channel._q_for_pri(queue, channel._get_message_priority(message, reverse=False)), [side]
-        moved = redis.eval(
-            scripts.GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, target, tag, owner, entry, dumps(message), *how
-        )  # fmt: skip
+            target, how = channel._q_for_pri(queue, priority), [side.encode()]
+        moved = redis.eval(scripts.GIVE_BACK, 5, *_DELIVERIES, keys.WAKE, target, tag, owner, entry, raw, *how)
         return bool(moved)
 
 
 def _as_redelivered(entry: bytes) -> tuple[dict[str, Any], str, str]:
     """Read a delivery: its message marked as redelivered, its exchange and its routing key."""
     message, exchange, routing_key = loads(bytes_to_str(entry))
+    if not exchange and not routing_key:
+        raise ValueError("it names no queue")
     message.setdefault("headers", {})["redelivered"] = True
     message["properties"]["delivery_info"]["redelivered"] = True
     return message, exchange, routing_key

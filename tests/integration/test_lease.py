@@ -228,12 +228,12 @@ def test_a_delivery_without_an_owner_goes_back_after_the_visibility_timeout(app:
         assert Inbox(conn).take()[0].delivery_tag == stocks.delivery_tag
 
 
+WHERE = '"delivery_tag": "%s", "delivery_info": {"exchange": "", "routing_key": "%s"}'
+
+
 def entry(**changes: str) -> bytes:
     """What somebody pushed, each field as JSON."""
-    fields = {
-        "headers": "{}", "body": '"x"',
-        "properties": '{"delivery_tag": "tag", "delivery_info": {"exchange": "", "routing_key": "work"}}', **changes,
-    }  # fmt: skip
+    fields = {"headers": "{}", "body": '"x"', "properties": f"{{{WHERE % ('tag', 'work')}}}", **changes}
     return "{{{}}}".format(", ".join(f'"{name}": {value}' for name, value in fields.items())).encode("latin-1")
 
 
@@ -242,6 +242,9 @@ def entry(**changes: str) -> bytes:
     [
         (entry(headers="[1]"), False),
         (entry(more="0x1F"), False),  # a number to cjson, and to nobody else
+        (entry(properties=f"{{{WHERE % ('tag', '')}}}"), False),  # it names no queue
+        (entry(properties=f'{{{WHERE % ("tag", "work")}, "priority": 1e999}}'), False),
+        (entry(headers='{"id": "\\ud800"}'), False),  # half a character
         (entry(body='"\xff"'), True),  # no UTF-8, which is replaced wherever a message is read
         (entry(headers='{"id": [1]}'), True),
     ],

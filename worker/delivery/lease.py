@@ -133,6 +133,14 @@ class Lease(threading.Thread):
         return {name for name, lease in zip(names, leases, strict=True) if lease is None}
 
     def _give_back(self, lost: Iterable[tuple[str, str]]) -> int:
+        moved = 0
         with self._app.connection_for_write() as connection:
             channel: Any = connection.default_channel
-            return sum(give_back(channel, tag, owner=owner) for tag, owner in sorted(lost))
+            for tag, owner in sorted(lost):
+                try:
+                    moved += give_back(channel, tag, owner=owner)
+                except (redis.RedisError, OSError):
+                    raise
+                except Exception:  # whatever it is, the others go back
+                    logger.exception("delivery.not_given_back", delivery=tag)
+        return moved

@@ -63,9 +63,10 @@ class UnreadJobs:
             message = json.loads(raw)
             deadline = _deadline_of(message)
             job_id = message["headers"]["id"]
+            job_id.encode()  # as Redis will have it
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # the router says what is wrong
             return False
-        if deadline is not None and isinstance(job_id, str):
+        if deadline is not None:
             self._store.note_deadline(job_id, deadline)
         return deadline is not None
 
