@@ -31,13 +31,18 @@ def switch(
 ) -> None:
     """A switch between two tiny models, beside a restart of vLLM's own server."""
     from worker.bench.switch import bench_switch  # noqa: PLC0415 - it needs every part of a worker
+    from worker.catalog.download import resolve_files  # noqa: PLC0415 - as above
     from worker.catalog.spec import EngineKind  # noqa: PLC0415 - as above
+    from worker.engines.vllm_server import VllmServerEngine, find_python  # noqa: PLC0415 - as above
+    from worker.hardware.detect import open_reader  # noqa: PLC0415 - as above
     from worker.wiring import build_engines  # noqa: PLC0415 - as above
 
     kind = EngineKind.VLLM
     with _ready() as (settings, folder):
+        reader, python = open_reader(settings.worker).reader, find_python(settings.vllm)
+        theirs = VllmServerEngine(run_dir=folder / "server", files_of=resolve_files, python=python)
         ours = build_engines(settings, {kind}, folder / "ours")[kind]
-        found = bench_switch(settings, folder, runs=runs, ours=ours, tell=_tell)
+        found = bench_switch(folder, reader, ours=ours, theirs=theirs, runs=runs, tell=_tell)
     _show(dataclasses.asdict(found), "switch_s", "restart_s", as_json=as_json)
 
 

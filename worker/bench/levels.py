@@ -13,15 +13,13 @@ from pathlib import Path
 
 from common.errors import EngineMissing, LoadFailed, Misconfigured
 from worker.bench import bandwidth_main
-from worker.catalog.local import spec_from_path
+from worker.bench.place import place_written
 from worker.demo.tiny_hf import make_tiny_hf
 from worker.engines.base import Engine
 from worker.hardware.gpu import MachineReader
 from worker.residency.verify import differs, verify
 from worker.selection.overrides import Overrides
-from worker.selection.place import place_model
 from worker.selection.placement import Placement
-from worker.selection.places import Refusal
 from worker.state.residency import Level
 
 _START_S = 600.0  # vLLM imports, compiles and captures its graphs
@@ -63,12 +61,8 @@ def place_on_card(folder: Path, reader: MachineReader, *, hidden: int, layers: i
     if not machine.gpus:
         raise Misconfigured("This machine has no card, and nothing sleeps on a CPU. Run it where nvidia-smi shows one.")
     path = make_tiny_hf(folder / "model", hidden=hidden, layers=layers, context=_LENGTH)
-    spec = spec_from_path(str(path))
-    overrides = Overrides(model=spec, max_model_len=_LENGTH, tensor_parallel_size=1, residents=2, asleep=1)
-    placement = place_model(spec, machine, overrides, asked=True)
-    if isinstance(placement, Refusal):
-        raise Misconfigured(f"The model has no place here: {placement.reason}")
-    return placement
+    overrides = Overrides(max_model_len=_LENGTH, tensor_parallel_size=1, residents=2, asleep=1)
+    return place_written(path, machine, overrides)
 
 
 def bench_levels(

@@ -6,20 +6,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import LoadFailed
 from common.schemas import SwitchRecord
-from common.settings import Settings
-from worker.catalog.download import resolve_files
-from worker.catalog.local import spec_from_path
+from worker.bench.place import place_written
 from worker.catalog.spec import EngineKind
 from worker.demo.tiny_hf import make_tiny_hf
 from worker.engines.base import Engine
-from worker.engines.vllm_server import VllmServerEngine, find_python
-from worker.hardware.detect import open_reader
 from worker.hardware.gpu import MachineReader
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
@@ -27,9 +23,7 @@ from worker.residency.parts import SwitchLimits
 from worker.residency.switcher import Switcher
 from worker.residency.verify import verify
 from worker.selection.overrides import Overrides
-from worker.selection.place import place_model
 from worker.selection.placement import Placement
-from worker.selection.places import Refusal
 
 _START_S = 300.0  # for one start of vLLM's server on a slow machine
 _LENGTH = 512  # tokens
@@ -46,35 +40,60 @@ class SwitchTimes:
 
 
 def bench_switch(
-    settings: Settings, folder: Path, *, runs: int, ours: Engine, tell: Callable[[str], None]
+    folder: Path, reader: MachineReader, *, ours: Engine, theirs: Engine, runs: int, tell: Callable[[str], None]
 ) -> SwitchTimes:
     """
     Switch between two tiny models and restart vLLM's server between them, in turns.
 
-    *ours* is this worker's engine for vLLM. Neither model is resident before its switch: the one before ended it.
+    *ours* is this worker's engine for vLLM, *theirs* runs its server; both are closed. Neither model is resident
+    before its switch: the one before ended it.
     """
-    reader = open_reader(settings.worker).reader
-    placements = _two_placements(folder, reader)
-    server = VllmServerEngine(run_dir=folder / "server", files_of=resolve_files, python=find_python(settings.vllm))
+    machine = reader.read()
+    # Each side holds a model while the other is timed, so no model may fill the card.
+    overrides = Overrides(max_model_len=_LENGTH, residents=2)
+    placements = {
+        name: place_written(make_tiny_hf(folder / name, seed=seed, context=_LENGTH), machine, overrides)
+        for seed, name in enumerate(("tiny-a", "tiny-b"))
+    }
     switcher = _switcher(placements, ours, reader)
     try:
-        names = _in_turns(list(placements))
-        switches, seconds, restarts = [], [], []
-        tell("starting both for the first time")
-        first = next(names)
-        _ready(switcher.switch(first))
-        _restart(server, None, placements[first])
-        for run in range(1, runs + 1):
-            before, after = first, next(names)
-            switches.append(_ready(switcher.switch(after)))
-            seconds.append(_ready(switcher.switch(before)))
-            _ready(switcher.switch(after))
-            restarts.append(_restart(server, placements[before], placements[after]))
-            first = after
-            tell(f"run {run}: switch {switches[-1]:.2f} s, second {seconds[-1]:.2f} s, restart {restarts[-1]:.2f} s")
+        return measure_in_turns(
+            *placements,
+            switch=lambda after: _ready(switcher.switch(after)),
+            restart=lambda before, after: _restart(theirs, placements[before], placements[after]),
+            runs=runs,
+            tell=tell,
+        )
     finally:
         switcher.close()
-        server.close()
+        theirs.close()
+
+
+def measure_in_turns(
+    before: str,
+    after: str,
+    *,
+    switch: Callable[[str], float],
+    restart: Callable[[str, str], float],
+    runs: int,
+    tell: Callable[[str], None],
+) -> SwitchTimes:
+    """
+    Switch there, back and there again, then restart from the one to the other; the next run goes the other way.
+
+    *switch* takes the model to make ready, *restart* the one to stop and the one to start; both give seconds.
+    """
+    tell("starting both for the first time")
+    switch(before)
+    restart(after, before)
+    switches, seconds, restarts = list[float](), list[float](), list[float]()
+    for run in range(1, runs + 1):
+        switches.append(switch(after))
+        seconds.append(switch(before))
+        switch(after)
+        restarts.append(restart(before, after))
+        before, after = after, before
+        tell(f"run {run}: switch {switches[-1]:.2f} s, second {seconds[-1]:.2f} s, restart {restarts[-1]:.2f} s")
     return SwitchTimes(
         switch_s=round(statistics.median(switches), 3),
         second_switch_s=round(statistics.median(seconds), 3),
@@ -83,22 +102,14 @@ def bench_switch(
     )
 
 
-def _two_placements(folder: Path, reader: MachineReader) -> dict[str, Placement]:
-    found: dict[str, Placement] = {}
-    for seed, name in enumerate(("tiny-a", "tiny-b")):
-        spec = spec_from_path(str(make_tiny_hf(folder / name, seed=seed, context=_LENGTH)))
-        placement = place_model(spec, reader.read(), Overrides(model=spec, max_model_len=_LENGTH), asked=True)
-        if isinstance(placement, Refusal):
-            raise LoadFailed(f"{name} has no place here: {placement.reason}")
-        found[name] = placement
-    return found
-
-
 def _switcher(placements: dict[str, Placement], engine: Engine, reader: MachineReader) -> Switcher:
     machine = reader.read()
-    capacity = sum(gpu.total_bytes for gpu in machine.gpus) or machine.ram_total_bytes
     return Switcher(
-        board=ResidencyBoard(capacity=capacity, max_residents=1),
+        board=ResidencyBoard(
+            capacity=machine.ram_total_bytes,
+            cards={gpu.index: gpu.total_bytes for gpu in machine.gpus},
+            max_residents=1,
+        ),
         placements=placements,
         engines={EngineKind.VLLM: engine},
         machine=reader,
@@ -121,16 +132,10 @@ def _ready(record: SwitchRecord) -> float:
     return record.seconds
 
 
-def _restart(server: Engine, before: Placement | None, after: Placement) -> float:
+def _restart(server: Engine, before: Placement, after: Placement) -> float:
     """Seconds until vLLM's own server, stopped and started again, has answered the same canary."""
     began = time.monotonic()
-    if before is not None:
-        server.ensure_stopped(before.model_id, timeout_s=_START_S)
+    server.ensure_stopped(before.model_id, timeout_s=_START_S)
     server.ensure_ready(after, timeout_s=_START_S)
     verify(server, after, timeout_s=_START_S)
     return time.monotonic() - began
-
-
-def _in_turns(names: list[str]) -> Iterator[str]:
-    while True:
-        yield from names
