@@ -18,6 +18,8 @@ from common.may_enter import Entry, Held, Taken
 from common.outcome_text import pack
 from common.schemas import ErrorBody, JobState, Outcome
 
+ALIVE_S: Final = 30 * 24 * 3600  # a job that has not ended is forgotten when nothing was heard of it for so long
+
 _DROPPED = AnswerDropped(
     "The job was answered. Its answer is no longer kept: newer ones needed the room (JOB_RESULT_MAX_BYTES). Fetch "
     "answers sooner, or send the job again under a new id."
@@ -79,6 +81,7 @@ end
 _LET_GO: Final = (
     f"""
 local DEADLINES, TWINS, SUBMIT, WAKE = '{keys.DEADLINES}', '{keys.twins("")}', '{keys.SUBMIT_QUEUE}', '{keys.WAKE}'
+local CANCEL = '{keys.cancel("")}'
 """
     """
 local function let_go(held, tenants, id, now, ttl)
@@ -167,6 +170,7 @@ local function end_job()
     redis.call('SET', KEYS[1], text, 'EX', ttl)
     redis.call('HSET', KEYS[2], 'end', state)
     redis.call('EXPIRE', KEYS[2], ttl)
+    redis.call('EXPIRE', CANCEL .. id, ttl)
     if untold then
       redis.call('XADD', KEYS[3], 'MAXLEN', 1, '*', 'kind', 'reset', 'attempt', attempt)
       redis.call('XADD', KEYS[3], '*', 'kind', 'chunk', 'attempt', attempt, 'chunk', whole)

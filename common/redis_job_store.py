@@ -11,7 +11,7 @@ from typing import Any
 
 from common import keys
 from common.dead_letters import SET_ASIDE, set_aside_args, set_aside_keys
-from common.job_ends import END, HOLD, end_args, end_keys, hold_args, read_refusal
+from common.job_ends import ALIVE_S, END, HOLD, end_args, end_keys, hold_args, read_refusal
 from common.may_enter import Entry, Held, Taken
 from common.outcome_text import read_outcome
 from common.redis_client import RedisClient
@@ -20,6 +20,9 @@ from common.schemas import DeadLetter, Fault, JobState, JobView, Outcome, Route,
 
 # A stream that is longer loses its first events; the writers add 20 in a second, so that is a run of 16 minutes.
 STREAM_LENGTH = 20_000
+
+# KEYS: the job's hash. ARGV: lifetime in seconds. One that has ended keeps what it has left.
+_LIVE = "if redis.call('HEXISTS', KEYS[1], 'end') == 0 then redis.call('EXPIRE', KEYS[1], ARGV[1]) end"
 
 # KEYS: the job's hash, unacked, the job's stream, its outcome. ARGV: this delivery's tag, lifetime in seconds, the
 # state to set. Returns the attempt's number, or 0 if the job has ended, or another delivery of it is in flight.
@@ -50,7 +53,7 @@ _HAND_BACK = """
 if redis.call('HGET', KEYS[1], 'attempts') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', ARGV[3])
 redis.call('HDEL', KEYS[1], 'claim')
-redis.call('EXPIRE', KEYS[1], ARGV[2])
+if redis.call('HEXISTS', KEYS[1], 'end') == 0 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
 return 1
 """
 
@@ -61,7 +64,7 @@ if redis.call('HGET', KEYS[1], 'attempts') ~= ARGV[1] then return end
 local faults = redis.call('HGET', KEYS[1], 'faults')
 faults = (faults and faults .. '\\n' or '') .. ARGV[3]
 redis.call('HSET', KEYS[1], 'faults', faults)
-redis.call('EXPIRE', KEYS[1], ARGV[2])
+if redis.call('HEXISTS', KEYS[1], 'end') == 0 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
 return faults
 """
 
@@ -89,14 +92,14 @@ if redis.call('EXISTS', KEYS[2]) == 0 then
   if refused then return refused end
 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2], 'model', ARGV[3], 'complexity', ARGV[4], 'why', ARGV[5])
-redis.call('EXPIRE', KEYS[1], ARGV[1])
+if redis.call('HEXISTS', KEYS[1], 'end') == 0 then redis.call('EXPIRE', KEYS[1], ARGV[1]) end
 """
 )
 
 
 class RedisJobStore:
     """
-    What Redis remembers of jobs; forgotten *ttl_s* seconds after the last change.
+    What Redis remembers of jobs; forgotten *ttl_s* seconds after their end, or ALIVE_S after the last change.
 
     Whoever stores an outcome drops the oldest answers beyond *max_bytes*; None = drops none.
     """
@@ -104,7 +107,9 @@ class RedisJobStore:
     def __init__(self, client: RedisClient, *, ttl_s: float, max_bytes: int | None = None) -> None:
         self._redis = client
         self._ttl_s = int(ttl_s)
+        self._alive_s = max(self._ttl_s, ALIVE_S)
         self._max_bytes = max_bytes
+        self._live = client.register_script(_LIVE)
         self._note_routed = client.register_script(_NOTE_ROUTED)
         self._begin = client.register_script(_BEGIN)
         self._add_chunk = client.register_script(_ADD_CHUNK)
@@ -120,7 +125,7 @@ class RedisJobStore:
         with self._redis.pipeline() as pipe:
             pipe.hsetnx(key, "queued_at", utc_now().timestamp())
             pipe.hsetnx(key, "state", JobState.QUEUED)
-            pipe.expire(key, self._ttl_s)
+            self._live(keys=[key], args=[self._alive_s], client=pipe)
             pipe.execute()
 
     def note_deadline(self, job_id: str, deadline: datetime) -> None:
@@ -135,7 +140,7 @@ class RedisJobStore:
         """See JobStore."""
         refused = self._note_routed(
             keys=[keys.job(job_id), keys.outcome(job_id), keys.HELD, keys.TENANTS],
-            args=[self._ttl_s, JobState.ROUTED, route.model, route.complexity, route.why, job_id, *hold_args(entry)],
+            args=[self._alive_s, JobState.ROUTED, route.model, route.complexity, route.why, job_id, *hold_args(entry)],
         )
         return None if refused is None else read_refusal(refused)
 
@@ -143,7 +148,7 @@ class RedisJobStore:
         """See JobStore."""
         found = self._begin(
             keys=[keys.job(job_id), keys.UNACKED, keys.stream(job_id), keys.outcome(job_id)],
-            args=[delivery, self._ttl_s, JobState.RUNNING],
+            args=[delivery, self._alive_s, JobState.RUNNING],
         )
         return int(found) or None
 
@@ -153,14 +158,14 @@ class RedisJobStore:
             for (job_id, attempt), chunk in chunks.items():
                 self._add_chunk(
                     keys=[keys.job(job_id), keys.stream(job_id)],
-                    args=[attempt, json.dumps(chunk, separators=(",", ":")), self._ttl_s, STREAM_LENGTH],
+                    args=[attempt, json.dumps(chunk, separators=(",", ":")), self._alive_s, STREAM_LENGTH],
                     client=pipe,
                 )
             pipe.execute()
 
     def hand_back(self, job_id: str, *, attempt: int) -> bool:
         """See JobStore."""
-        return bool(self._hand_back(keys=[keys.job(job_id)], args=[attempt, self._ttl_s, JobState.ROUTED]))
+        return bool(self._hand_back(keys=[keys.job(job_id)], args=[attempt, self._alive_s, JobState.ROUTED]))
 
     def running(self, deliveries: Mapping[str, str]) -> dict[str, int]:
         """See JobStore."""
@@ -176,12 +181,12 @@ class RedisJobStore:
 
     def lose(self, job_id: str, fault: Fault) -> bool:
         """See JobStore."""
-        args = [fault.attempt, self._ttl_s, fault.model_dump_json(exclude_none=True), JobState.ROUTED]
+        args = [fault.attempt, self._alive_s, fault.model_dump_json(exclude_none=True), JobState.ROUTED]
         return bool(self._lose(keys=[keys.job(job_id)], args=args))
 
     def add_fault(self, job_id: str, fault: Fault) -> tuple[Fault, ...] | None:
         """See JobStore."""
-        args = [fault.attempt, self._ttl_s, fault.model_dump_json(exclude_none=True)]
+        args = [fault.attempt, self._alive_s, fault.model_dump_json(exclude_none=True)]
         found = self._add_fault(keys=[keys.job(job_id)], args=args)
         return None if found is None else _faults(found)
 
@@ -224,7 +229,7 @@ class RedisJobStore:
 
     def ask_cancel(self, job_id: str) -> None:
         """See JobStore."""
-        self._redis.set(keys.cancel(job_id), "1", ex=self._ttl_s)
+        self._redis.set(keys.cancel(job_id), "1", ex=self._alive_s)
 
     def asked_to_cancel(self, job_ids: Iterable[str]) -> frozenset[str]:
         """See JobStore."""
@@ -235,7 +240,7 @@ class RedisJobStore:
     def _change(self, job_id: str, **fields: str | float) -> None:
         with self._redis.pipeline() as pipe:
             pipe.hset(keys.job(job_id), mapping=fields)
-            pipe.expire(keys.job(job_id), self._ttl_s)
+            self._live(keys=[keys.job(job_id)], args=[self._alive_s], client=pipe)
             pipe.execute()
 
 

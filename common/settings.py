@@ -166,7 +166,7 @@ class JobSettings(_Group):
     max_attempts: int = Field(5, ge=1, le=100, description="failures under one job, in engines that live on")
     max_deaths: int = Field(2, ge=1, le=100, description="of an engine with one job alone in it: it is set aside")
     max_worker_deaths: int = Field(3, ge=1, le=100, description="of a worker, likewise")
-    result_ttl_s: Seconds = Field(24 * 3600, description="how long outcomes and streams are kept")
+    result_ttl_s: Seconds = Field(24 * 3600, ge=1, description="how long outcomes and streams are kept")
     result_max_bytes: int = Field(4 * 2**30, ge=2**20, description="answers kept; beyond, the oldest are dropped")
 
 

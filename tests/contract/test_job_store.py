@@ -15,6 +15,7 @@ import pytest
 from common import keys
 from common.dead_letters import DeadLetters
 from common.errors import AttemptsExhausted, JobCancelled, NotEndedYet
+from common.job_ends import ALIVE_S
 from common.job_store import JobStore, MemoryJobStore
 from common.job_stream import read_stream
 from common.redis_client import RedisClient
@@ -442,7 +443,7 @@ def test_who_should_stop(store: JobStore) -> None:
 
 
 def test_everything_in_redis_is_forgotten_in_time(redis_client: RedisClient) -> None:
-    """Whichever note comes first: no key without a lifetime, and each change begins it anew."""
+    """Whichever note comes first: no key without a lifetime, and each change begins it anew; the end, the last one."""
     store = RedisJobStore(redis_client, ttl_s=TTL_S)
     for note in (
         lambda: store.note_queued("1"),
@@ -461,12 +462,29 @@ def test_everything_in_redis_is_forgotten_in_time(redis_client: RedisClient) -> 
         before = {key: redis_client.ttl(key) for key in redis_client.scan_iter("*")}
         note()
         after = {key: redis_client.ttl(key) for key in redis_client.scan_iter("*")}
-        assert all(0 < ttl <= TTL_S for ttl in after.values())
+        assert all(0 < ttl <= ALIVE_S for ttl in after.values())
         assert any(ttl > before.get(key, 0) for key, ttl in after.items())
 
         redis_client.flushall()
         note()
-        assert all(0 < redis_client.ttl(key) <= TTL_S for key in redis_client.scan_iter("*"))
+        assert all(0 < redis_client.ttl(key) <= ALIVE_S for key in redis_client.scan_iter("*"))
+
+
+def test_a_job_is_remembered_for_as_long_as_it_lives(redis_client: RedisClient) -> None:
+    """However short outcomes are kept: forgotten alive, it would run after it was cancelled. What ended is not kept."""
+    store = RedisJobStore(redis_client, ttl_s=TTL_S)
+    store.note_queued("1")
+    store.note_streams("1")
+    store.note_routed("1", ROUTE)
+    store.ask_cancel("1")
+    assert store.begin("1", delivery="tag") == 1
+    store.add_chunks({("1", 1): says("Once")})
+    assert all(redis_client.ttl(key) > TTL_S for key in redis_client.scan_iter("*"))
+
+    store.finish(answered())
+    store.note_queued("1")
+    store.note_routed("1", ROUTE)
+    assert all(0 < redis_client.ttl(key) <= TTL_S for key in redis_client.scan_iter("*"))
 
 
 def test_two_clients_of_one_redis_share_what_they_know(redis_client: RedisClient) -> None:

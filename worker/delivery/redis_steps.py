@@ -20,7 +20,7 @@ from common import keys
 from common.backlog import place_json
 from common.backlog_scripts import LIBRARY
 from common.bounds import Bounds
-from common.job_ends import END, HOLD, end_args, end_keys, hold_args
+from common.job_ends import ALIVE_S, END, HOLD, end_args, end_keys, hold_args
 from common.may_enter import Entry
 from common.redis_client import RedisClient, run_for_each
 from common.schemas import JobState, Outcome, utc_now
@@ -132,6 +132,7 @@ class RedisSteps:
         self._backend = app.backend
         self._owner = owner
         self._ttl_s = int(ttl_s)
+        self._alive_s = max(self._ttl_s, ALIVE_S)
         self._max_bytes = max_bytes
         options = app.conf.broker_transport_options
         self._bounds = Bounds.parse(options["max_wait_s"], options["max_waits"]) if "max_wait_s" in options else None
@@ -146,7 +147,7 @@ class RedisSteps:
                     keys.backlog(job.queue),
                 ],
                 [
-                    job.delivery, self._owner, json.dumps(job.message), self._ttl_s, now, job.job_id,
+                    job.delivery, self._owner, json.dumps(job.message), self._alive_s, now, job.job_id,
                     *hold_args(job.entry), place_json(job.message, now=now, bounds=self._bounds),
                     *chain.from_iterable(job.fields.items()),
                 ],
@@ -166,7 +167,7 @@ class RedisSteps:
                     self._backend.get_key_for_task(job_id),
                 ],
                 [
-                    delivery, self._ttl_s, JobState.RUNNING.value, _meta(job_id, states.STARTED, started),
+                    delivery, self._alive_s, JobState.RUNNING.value, _meta(job_id, states.STARTED, started),
                     self._result_ttl_s, self._owner,
                 ],
             )

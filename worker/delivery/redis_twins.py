@@ -11,7 +11,7 @@ import uuid
 from dataclasses import replace
 
 from common import keys
-from common.job_ends import HOLD, hold_args, read_refusal
+from common.job_ends import ALIVE_S, HOLD, hold_args, read_refusal
 from common.may_enter import Entry, Held
 from common.redis_client import RedisClient
 from common.transport import acknowledged_already
@@ -42,7 +42,7 @@ class RedisTwins:
     def __init__(self, client: RedisClient, *, owner: str, ttl_s: float) -> None:
         self._redis = client
         self._owner = owner
-        self._ttl_s = int(ttl_s)
+        self._alive_s = max(int(ttl_s), ALIVE_S)
         self._park = client.register_script(_PARK)
 
     def park(self, job_id: str, first: str, *, delivery: str, entry: Entry) -> bool | Held:
@@ -62,7 +62,7 @@ class RedisTwins:
                 keys.job(job_id),
             ],
             args=[
-                delivery, self._owner, json.dumps(message), first, self._ttl_s, job_id,
+                delivery, self._owner, json.dumps(message), first, self._alive_s, job_id,
                 *hold_args(replace(entry, key=None)),
             ],
         )  # fmt: skip
