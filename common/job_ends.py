@@ -140,6 +140,7 @@ local function keep(kept, total, id, state, size, max, ttl, now)
 """
     f"""
       redis.call('SET', '{keys.outcome("")}' .. old, [==[{_RECORD}]==] .. tail, 'XX', 'KEEPTTL')
+      redis.call('DEL', '{keys.stream("")}' .. old)
       redis.call('SET', '{keys.CELERY_RESULT_PREFIX}' .. old, [==[{_CELERYS}]==] .. ',"task_id":' .. tail,
                  'XX', 'KEEPTTL')
 """
@@ -178,6 +179,7 @@ local function end_job()
     if found[1] then
       redis.call('XADD', KEYS[3], '*', 'kind', 'end', 'state', state)
       redis.call('EXPIRE', KEYS[3], ttl)
+      size = size + redis.call('MEMORY', 'USAGE', KEYS[3])
     end
     url = let_go(KEYS[4], KEYS[5], id, now, ttl) or url
     keep(KEYS[6], KEYS[7], id, state, size, max, ttl, now)

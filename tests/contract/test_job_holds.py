@@ -247,6 +247,22 @@ def test_celerys_copy_goes_with_the_answer(redis_store: RedisJobStore, redis_url
     assert redis_store.outcome('a"b') is not None
 
 
+def test_streams_count_and_go_with_the_answer(redis_store: RedisJobStore, redis_client: RedisClient) -> None:
+    """What was said token by token is the answer too."""
+    ids = [str(number) for number in range(8)]
+    for job_id in ids:
+        redis_store.note_streams(job_id)
+        assert redis_store.begin(job_id, delivery=job_id) == 1
+        for number in range(20):
+            redis_store.add_chunks({(job_id, 1): {"choices": [{"text": noise(10_000), "n": number}]}})
+        redis_store.finish(ended(job_id).model_copy(update={"ledger": Ledger(attempt=1)}))  # 200 KB behind a short one
+    kept = answers_in(redis_store, ids)
+    assert 3 <= len(kept) <= 5
+    assert kept == ids[-len(kept) :]
+    assert [job_id for job_id in ids if redis_client.exists(keys.stream(job_id))] == kept
+    assert int(redis_client.get(keys.KEPT_BYTES)) <= MIB
+
+
 def test_the_newest_answer_is_kept_however_large(redis_store: RedisJobStore) -> None:
     """Somebody has just waited for it."""
     redis_store.finish(ended("1"))
