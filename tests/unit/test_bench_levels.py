@@ -5,12 +5,13 @@ The arithmetic of `shiftworker bench levels`, on a stand-in whose figures are kn
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from common.errors import Misconfigured
+from common.errors import EngineMissing, LoadFailed, Misconfigured
 from tests.factories import GIB, make_gpu, make_machine, make_placement, make_spec
-from worker.bench.levels import bench_levels, place_on_card
+from worker.bench.levels import bench_levels, measure_bandwidth, place_on_card
 from worker.catalog.spec import EngineKind
 from worker.engines.base import EngineState
 from worker.engines.stub import StubEngine
@@ -62,3 +63,32 @@ def test_without_a_card_or_without_sleep_it_says_what_to_do(tmp_path: object) ->
 
     with pytest.raises(Misconfigured, match="no card"):
         place_on_card(tmp_path, NoCard(), hidden=64, layers=1)  # type: ignore[arg-type]
+
+
+def _python(folder: Path, does: str) -> Path:
+    """A program that stands in for vLLM's Python."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_bandwidth_is_measured_in_an_engines_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On that card alone, with the libraries that the operator names, and without our secrets."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/cuda/lib")
+    monkeypatch.setenv("REDIS_URL", "redis://:secret@host")
+    seen = tmp_path / "seen"
+
+    assert measure_bandwidth(_python(tmp_path, f"env > {seen}; echo vLLM says; echo 5.5e10"), 3) == 5.5e10
+
+    lines = seen.read_text().splitlines()
+    assert {"LD_LIBRARY_PATH=/cuda/lib", "CUDA_VISIBLE_DEVICES=3", "CUDA_DEVICE_ORDER=PCI_BUS_ID"} <= {*lines}
+    assert any(line.startswith("PATH=") for line in lines)
+    assert "secret" not in seen.read_text()
+
+
+@pytest.mark.parametrize(("said", "error"), [("torch sees no card", EngineMissing), ("out of memory", LoadFailed)])
+def test_a_bandwidth_that_is_not_measured_says_why(tmp_path: Path, said: str, error: type[Exception]) -> None:
+    """Its last words are in the message, and there is no figure."""
+    with pytest.raises(error, match=said):
+        measure_bandwidth(_python(tmp_path, f"echo '{said}' >&2; exit 1"), 0)

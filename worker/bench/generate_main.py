@@ -16,14 +16,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     order = json.load(sys.stdin)
-    llm = LLM(
-        model=order["model"],
-        max_model_len=order["max_model_len"],
-        max_num_seqs=order["max_num_seqs"],
-        enforce_eager=True,
-        kv_cache_memory_bytes=2**28,
-        disable_log_stats=True,
-    )
+    llm = LLM(**order["llm"])
     params = SamplingParams(max_tokens=order["tokens"], temperature=0, ignore_eos=True)
     llm.generate(order["prompts"][:8], params, use_tqdm=False)
     began = time.perf_counter()

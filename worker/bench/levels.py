@@ -4,6 +4,7 @@ What does each level of sleep cost and give back on this machine's card?
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
@@ -16,6 +17,7 @@ from worker.bench import bandwidth_main
 from worker.bench.place import place_written
 from worker.demo.tiny_hf import make_tiny_hf
 from worker.engines.base import Engine
+from worker.engines.environment import engine_environment
 from worker.hardware.gpu import MachineReader
 from worker.residency.verify import differs, verify
 from worker.selection.overrides import Overrides
@@ -151,7 +153,7 @@ def measure_bandwidth(python: Path, card: int) -> float:
     LoadFailed
         It ended otherwise; the message has its last words.
     """
-    env = {"CUDA_VISIBLE_DEVICES": str(card), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    env = engine_environment(os.environ, gpus=[card])  # torch finds its libraries as an engine does
     done = subprocess.run(
         [python, bandwidth_main.__file__], env=env, capture_output=True, text=True, timeout=_START_S, check=False
     )

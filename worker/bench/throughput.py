@@ -9,10 +9,11 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common import keys
 from common.client import JobClient
@@ -21,10 +22,14 @@ from common.redis_client import connect
 from common.schemas import JobRequest, WorkerState
 from common.settings import Settings
 from worker.bench import generate_main
+from worker.bench.place import place_written
 from worker.demo.tiny_hf import make_tiny_hf
 from worker.embedded_redis import EmbeddedRedis, free_port
+from worker.engines.environment import engine_environment
 from worker.engines.vllm_server import find_python
+from worker.hardware.detect import open_reader
 from worker.programs import programs
+from worker.selection.overrides import Overrides
 from worker.supervisor import Supervisor
 
 _MODEL = "bench-tiny"
@@ -34,6 +39,7 @@ _ENDED_S = 1800.0
 _LOOK_S = 0.02
 _LOOKED_AT = 100  # outcomes at once
 _WARMING = 8  # prompts before the clock starts, as in generate_main
+_CPU_POOL_BYTES = 2**28
 _TRIED_PROMPTS = 200  # enough to tell which form of the baseline is the fastest
 
 
@@ -62,14 +68,43 @@ class Throughput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Form:
+class Form:
     """One way to run the baseline."""
 
     in_process: bool
-    threads: int  # of OpenMP
+    threads: int | None  # of OpenMP; None = as torch likes
 
     def __str__(self) -> str:
-        return f"{'in process' if self.in_process else 'default'}, OMP_NUM_THREADS={self.threads}"
+        threads = "" if self.threads is None else f", OMP_NUM_THREADS={self.threads}"
+        return f"{'in process' if self.in_process else 'default'}{threads}"
+
+    def environment(self) -> dict[str, str]:
+        """What vLLM's process needs to know of it."""
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if self.in_process else "1", **threads}
+
+
+def list_forms(*, gpus: Sequence[int], cores: int) -> list[Form]:
+    """The forms to try; on a card the cores do not compute."""
+    threads: list[int | None] = [None] if gpus else [*sorted({1, max(1, cores - 1), cores})]
+    return [Form(in_process=how, threads=n) for how in (True, False) for n in threads]
+
+
+def llm_arguments(model: Path, load: Load, *, gpus: Sequence[int]) -> dict[str, Any]:
+    """
+    What the baseline's `LLM` is made with.
+
+    On a card that is vLLM's defaults, so it compiles, captures graphs and takes what memory there is, as our engine
+    does there; without one it computes eagerly, also as ours, with a pool that the load does not fill.
+    """
+    on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_POOL_BYTES}
+    return {
+        "model": str(model),
+        "max_model_len": _LENGTH,
+        "max_num_seqs": load.max_num_seqs,
+        "disable_log_stats": True,  # as in our engine
+        **({} if gpus else on_cpu),
+    }
 
 
 def bench_throughput(
@@ -79,16 +114,18 @@ def bench_throughput(
     model = make_tiny_hf(folder / _MODEL, context=_LENGTH)
     python = find_python(settings.vllm)
     few = Load(prompts=min(load.prompts, _TRIED_PROMPTS), tokens=load.tokens, max_num_seqs=load.max_num_seqs)
-    cores = os.cpu_count() or 1
-    forms = [_Form(in_process=how, threads=n) for how in (True, False) for n in sorted({1, max(1, cores - 1), cores})]
-    speeds = {form: _generate(python, model, few, form) for form in forms}
+    machine = open_reader(settings.worker).reader.read()
+    overrides = Overrides(max_model_len=_LENGTH, max_num_seqs=load.max_num_seqs)
+    gpus = place_written(model, machine, overrides).gpus  # where the worker will run it too
+    forms = list_forms(gpus=gpus, cores=os.cpu_count() or 1)
+    speeds = {form: _generate(python, model, few, form, gpus) for form in forms}
     for form, speed in speeds.items():
         tell(f"baseline, {form}: {speed:.1f} jobs/s with {few.prompts} prompts")
     best = max(speeds, key=lambda form: speeds[form])
 
     ours, theirs, singly = [], [], []
     for run in range(1, runs + 1):
-        theirs.append(_generate(python, model, load, best))
+        theirs.append(_generate(python, model, load, best, gpus))
         with _system(settings, folder / f"run{run}", model, load) as (client, redis_url):
             _through_the_queue(client, redis_url, replace(load, prompts=_WARMING))  # as the baseline does
             ours.append(_through_the_queue(client, redis_url, load))
@@ -106,22 +143,15 @@ def bench_throughput(
 # --- The engine alone --------------------------------------------------------------------------------------
 
 
-def _generate(python: Path, model: Path, load: Load, form: _Form) -> float:
+def _generate(python: Path, model: Path, load: Load, form: Form, gpus: Sequence[int]) -> float:
     """Jobs a second of LLM.generate, without its start."""
     env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(form.threads),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if form.in_process else "1",
+        **engine_environment(os.environ, gpus=gpus),
+        **form.environment(),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    order = {
-        "model": str(model),
-        "prompts": load.texts(),
-        "tokens": load.tokens,
-        "max_num_seqs": load.max_num_seqs,
-        "max_model_len": _LENGTH,
-    }
+    order = {"llm": llm_arguments(model, load, gpus=gpus), "prompts": load.texts(), "tokens": load.tokens}
     done = subprocess.run(
         [str(python), generate_main.__file__], input=json.dumps(order), env=env, capture_output=True, text=True,
         check=False,
