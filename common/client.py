@@ -120,8 +120,13 @@ class JobClient:
         jobs = list(zip(ids, parsed, strict=True))
         if time.monotonic() - self._reached_at > _REACHED_S:
             ping(self._redis, self._url)
-        for request in parsed:
-            self._door.check(request)
+        try:
+            for request in parsed:
+                self._door.check(request)
+        except redis.RedisError as error:
+            raise RedisUnavailable(
+                f"Nothing was sent: Redis at {without_password(self._url)} went away ({error}). Submit again."
+            ) from error
         for start in range(0, len(jobs), _AT_ONCE):
             self._sender.send(jobs[start : start + _AT_ONCE])
             self._reached_at = time.monotonic()

@@ -20,6 +20,7 @@ import pytest
 from common import keys
 from common.backlog import RedisBacklog
 from common.errors import InvalidRequest
+from common.redis_client import RedisClient
 from tests.catalogues import write_catalogue
 from worker.cli.jobs import read_requests
 from worker.demo.tiny_models import make_tiny_gguf
@@ -192,3 +193,15 @@ def test_the_help_lists_every_command() -> None:
     listed = shiftworker("--help").stdout
     for command in ("up", "worker", "router", "models", "status", "switch", "submit", "cancel", "demo", "health"):
         assert command in listed
+
+
+def test_a_file_of_which_a_job_is_refused_sends_nothing(
+    tmp_path: Path, redis_url: str, redis_client: RedisClient
+) -> None:
+    """Else the jobs before it would run, and nobody would know their ids."""
+    file = tmp_path / "jobs.jsonl"
+    file.write_text(f"{json.dumps(BODY)}\n{json.dumps({**BODY, 'n': 9})}\n")
+    found = shiftworker("submit", "--no-wait", str(file), REDIS_URL=redis_url, LIMIT_ANSWERS="8")
+    assert found.returncode != 0
+    assert "LIMIT_ANSWERS" in found.stderr
+    assert sum(redis_client.llen(name) for name in keys.lists_of(keys.SUBMIT_QUEUE)) == 0

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from celery.exceptions import TaskRevokedError
 
 from common import InvalidRequest, JobClient, JobState, Ledger, NotEndedYet, Outcome, PromptTooLong, keys
 from common.backlog import RedisBacklog
-from common.errors import JobCancelled, OverLimit
+from common.errors import JobCancelled, OverLimit, RedisUnavailable
 from common.redis_job_store import RedisJobStore
 from common.schemas import ErrorBody, Route
 from tests.waiting import eventually
+from worker.embedded_redis import EmbeddedRedis
 
 ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -191,3 +193,12 @@ def test_a_record_that_has_expired_is_read_from_celerys_copy(client: JobClient, 
         client.wait("refused", timeout=5)
     with pytest.raises(JobCancelled, match="revoked was revoked"):
         client.wait("revoked", timeout=5)
+
+
+def test_a_redis_that_goes_between_two_submits_is_told_as_such(own_redis: EmbeddedRedis) -> None:
+    """Whoever catches Unavailable and tries again must not meet another library's error."""
+    with closing(JobClient(own_redis.url)) as client:
+        client.submit(BODY)
+        own_redis.kill()
+        with pytest.raises(RedisUnavailable, match="Nothing was sent"):
+            client.submit({**BODY, "tenant": "another"})

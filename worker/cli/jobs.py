@@ -35,8 +35,8 @@ def submit(
     settings = read_settings()
     failed = 0
     with closing(JobClient(settings.redis.url)) as client:
-        requests = list(read_requests(body, model))  # read to the end first: a broken line sends nothing
-        ids = [client.submit(_streamed(request) if stream else request) for _, request in requests]
+        # All at once: a line that is broken or refused sends nothing.
+        ids = client.submit_many(_streamed(request) if stream else request for _, request in read_requests(body, model))
         for job_id in ids:
             if not wait:
                 out.print(job_id, highlight=False)
