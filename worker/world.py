@@ -22,7 +22,7 @@ from worker.jobs.runner import JobRunner
 from worker.residency.board import ResidencyBoard
 from worker.residency.history import SwitchHistory
 from worker.residency.page_cache import PageCache
-from worker.residency.plan import fitting_beside
+from worker.residency.plan import fitting_beside, see_others
 from worker.residency.prefetch import choose_prefetch
 from worker.residency.run import needs_of
 from worker.residency.switcher import Switcher
@@ -87,6 +87,7 @@ class WorkerWorld:
         self._placements = tuple(placements)
         self._needs = {placement.model_id: needs_of(placement) for placement in self._placements}
         self._reader = reader
+        self._machine = reader.read()  # as last seen, for what is looked at at every beat
         self._board = board
         self._switcher = switcher
         self._history = history
@@ -117,7 +118,8 @@ class WorkerWorld:
 
     def machine(self) -> Machine:
         """See World."""
-        return self._reader.read()
+        self._machine = self._reader.read()
+        return self._machine
 
     def backlog(self) -> Backlog:
         """See World."""
@@ -135,7 +137,7 @@ class WorkerWorld:
         return replace(
             residency,
             switch_s={model: seconds for model, seconds in expected.items() if seconds is not None},
-            beside=fitting_beside(residency, self._needs),
+            beside=fitting_beside(see_others(residency, self._machine), self._needs),
         )
 
     def knowledge(self, residency: Residency, *, now: float) -> Knowledge:

@@ -5,9 +5,10 @@ What must leave so that a model can be made ready, and does it sleep or end? A p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
+from worker.hardware.gpu import Machine
 from worker.residency.settle import Leaver, Rest, settle
 from worker.state.residency import HOST, Level, Residency, Resident
 
@@ -38,7 +39,8 @@ def plan_switch(
     """
     Decide how to make *model_id*, which *needs* so many bytes by card and HOST while it is ready, ready.
 
-    Each card counts for itself: what is free on one is of no use to a model on another.
+    Each card counts for itself: what is free on one is of no use to a model on another. What other programs hold is
+    room for nobody: where a model needs some of that too, ours leave, and a smaller plan has to do with the rest.
 
     The questions, in order:
 
@@ -67,12 +69,14 @@ def plan_switch(
     remains = tuple(r.model_id for r in residency.awake if r.model_id == model_id)
     awake = tuple(sorted((r for r in residency.awake if r.model_id != model_id), key=lambda r: r.model_id))
     leaving: tuple[Resident, ...] = ()
+    most = residency.free(())
+    wanted = {place: min(size, most[place]) for place, size in needs.items()}
     reason = f"{model_id} fits beside {', '.join(r.model_id for r in awake)}" if awake else "nothing is loaded"
 
     # (4) Make room.
-    if not _room(residency, awake, needs):
+    if not _room(residency, awake, wanted):
         groups = (group for count in range(1, len(awake) + 1) for group in combinations(awake, count))
-        leaving = min((group for group in groups if _room(residency, _without(awake, group), needs)), key=_cost)
+        leaving = min((group for group in groups if _room(residency, _without(awake, group), wanted)), key=_cost)
         reason = f"{model_id} takes the place of {', '.join(sorted(r.model_id for r in leaving))}"
 
     # (5) Asleep, or ended.
@@ -95,6 +99,19 @@ def fitting_beside(residency: Residency, models: Mapping[str, Mapping[int, int]]
     return frozenset(model for model, plan in plans.items() if plan.start is not None and not awake & {*plan.stop})
 
 
+def see_others(residency: Residency, machine: Machine) -> Residency:
+    """
+    Note on *residency* what other programs hold, by what is free on *machine* now.
+
+    That is what our own count calls free and the machine does not. A card that does not say what is free speaks
+    against nothing.
+    """
+    free = {HOST: machine.ram_available_bytes, **{gpu.index: gpu.free_bytes for gpu in machine.gpus}}
+    counted = replace(residency, others={}).free()
+    others = {at: max(0, size - left) for at, size in counted.items() if (left := free.get(at)) is not None}
+    return replace(residency, others=others)
+
+
 def _room(residency: Residency, staying: tuple[Resident, ...], needs: Mapping[int, int]) -> bool:
     """Is there room for one more model, and on each card for its bytes, beside those that stay?"""
     free = residency.free(staying)
@@ -107,7 +124,7 @@ def _left(
     """What the model and those that stay leave of each place, for sleepers."""
     free = {place: size - needs.get(place, 0) for place, size in residency.free(staying).items()}
     if sleeping.host_bytes is not None:
-        free[HOST] -= max(0, residency.places[HOST] - sleeping.host_bytes)
+        free[HOST] -= max(0, residency.free(())[HOST] - sleeping.host_bytes)
     return free
 
 

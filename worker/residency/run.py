@@ -15,7 +15,7 @@ from common.schemas import SwitchRecord, SwitchStage
 from worker.residency.expect import expect_switch_s
 from worker.residency.loader import Loader
 from worker.residency.parts import Parts
-from worker.residency.plan import Sleeping, SwitchPlan, plan_switch
+from worker.residency.plan import Sleeping, SwitchPlan, plan_switch, see_others
 from worker.residency.progress import OnStage, Progress
 from worker.residency.settle import Rest, by_next_use, rank_levels, rest_at
 from worker.residency.unloader import Unloader
@@ -63,7 +63,9 @@ class SwitchRun:
         try:
             self._unloader.end_the_dead()
             self._parts.count_standby()
-            plan = plan_switch(self._board.read(), model_id, self._needs(), self._sleeping())
+            self._parts.reclaimer.see_freed()  # what is still on its way back would count as others'
+            residency = see_others(self._board.read(), self._parts.machine.read())
+            plan = plan_switch(residency, model_id, self._needs(), self._sleeping())
             logger.info("residency.planned", model_id=model_id, stop=plan.stop, sleep=plan.sleep, reason=plan.reason)
             if self._board.read().ready(model_id):
                 return self.finished("ready", plan.reason)

@@ -92,6 +92,7 @@ class Residency:
     unfreed: Mapping[str, str] = field(default_factory=dict)  # model that ended -> what of its memory is not back
     banned: Mapping[tuple[str, Level], str] = field(default_factory=dict)  # model, and how it sleeps no more -> why
     standby_bytes: int = 0  # of the host, taken by a process that stands ready for any model
+    others: Mapping[int, int] = field(default_factory=dict)  # bytes that no model of ours takes and that are not free
     switch_s: Mapping[str, float] = field(
         default_factory=dict
     )  # model -> what a switch to it will take; unknown = absent
@@ -104,8 +105,8 @@ class Residency:
         return {HOST: self.capacity - self.standby_bytes, **self.cards}
 
     def free(self, residents: Collection[Resident] | None = None) -> Mapping[int, int]:
-        """Bytes that no resident takes, by card and HOST; or that none of *residents* would."""
-        held = [resident.held for resident in (self.residents if residents is None else residents)]
+        """Bytes that nobody takes, by card and HOST; or that nobody would if *residents* were all of ours."""
+        held = [self.others, *(r.held for r in (self.residents if residents is None else residents))]
         return {place: size - sum(taken.get(place, 0) for taken in held) for place, size in self.places.items()}
 
     def resident(self, model_id: str) -> Resident | None:

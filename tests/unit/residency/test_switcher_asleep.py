@@ -155,16 +155,27 @@ def test_what_a_sleeper_keeps_of_its_card_counts_as_free_for_its_own_wake() -> N
 
 
 def test_a_sleeper_for_which_the_card_has_too_little_is_ended_before_it_is_given_up() -> None:
-    """Only a smaller plan could fit now, and that is no wake; the model that was there wakes in its place."""
+    """Only a smaller plan could fit now, and that is no wake; nor has the model that was there room any more."""
+    world = box().with_a_ready()
+    world.switch("b")
+    world.others = 10 * GIB
+    record = world.switch("a")
+
+    assert (record.outcome, record.attempts) == ("failed", 6)
+    assert world.engine.state("a") is EngineState.STOPPED
+    assert world.levels == {}
+    assert world.residency.banned == {}
+
+
+def test_a_model_ends_instead_of_sleeping_where_other_programs_hold_what_its_sleep_would_keep() -> None:
+    """The card has just enough for the one that wakes: what stays of a sleeper there is room that others took."""
     world = box().with_a_ready()
     world.switch("b")
     world.others = 9 * GIB
     record = world.switch("a")
 
-    assert (record.outcome, record.attempts) == ("failed", 6)
-    assert world.engine.state("a") is EngineState.STOPPED
-    assert world.levels == {"b": Level.READY}
-    assert world.residency.banned == {}
+    assert (record.outcome, record.level, record.attempts) == ("ready", ONE, 1)
+    assert world.levels == {"a": Level.READY}
 
 
 @pytest.mark.parametrize(("asleep", "wake_s"), [(0, BOTH), (2, None)])
