@@ -183,7 +183,7 @@ class PoisonJob(SetAside):
 
 
 class AnswerDropped(ShiftworkerError):
-    """The job was answered; the answer was dropped when RESULTS_MAX_BYTES was reached."""
+    """The job was answered; the answer was dropped when JOB_RESULT_MAX_BYTES was reached."""
 
 
 class InternalError(ShiftworkerError):

@@ -33,8 +33,8 @@ _END_S = 60.0
 
 _SETTINGS = {
     "WORKER_STUB_ENGINE": "1",
-    "STUB_RUN_S": "0.01",
-    "STUB_LOAD_S": "0.05",
+    "WORKER_STUB_RUN_S": "0.01",
+    "WORKER_STUB_LOAD_S": "0.05",
     "JOB_RESULT_TTL_S": "6",  # longer than a job waits here
     "STATUS_STREAM_LENGTH": "20",
 }

@@ -26,7 +26,7 @@ from worker.embedded_redis import free_port
 
 ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
-SETTINGS = {"WORKER_STUB_ENGINE": "1", "WORKER_HARDWARE": "cpu", "STUB_LOAD_S": "0.1", "LOG_FORMAT": "json"}
+SETTINGS = {"WORKER_STUB_ENGINE": "1", "WORKER_HARDWARE": "cpu", "WORKER_STUB_LOAD_S": "0.1", "LOG_FORMAT": "json"}
 PASSWORDS = {"worker": "planted-worker-password", "producer": "planted-producer-password"}
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 
