@@ -24,7 +24,12 @@ from worker.embedded_redis import EmbeddedRedis
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "model": "qwen3-0.6b"}
 PICKLE = {"content_type": "application/x-python-serialize", "content_encoding": "binary"}
-SETTINGS = {"WORKER_STUB_ENGINE": "1", "WORKER_HARDWARE": "cpu", "MODELS_ONLY": "qwen3-0.6b", "WORKER_STUB_LOAD_S": "0.1"}
+SETTINGS = {
+    "WORKER_STUB_ENGINE": "1",
+    "WORKER_HARDWARE": "cpu",
+    "MODELS_ONLY": "qwen3-0.6b",
+    "WORKER_STUB_LOAD_S": "0.1",
+}
 
 
 class Loaded:

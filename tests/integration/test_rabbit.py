@@ -24,7 +24,12 @@ from worker.delivery.rabbit import RabbitDoor
 from worker.embedded_redis import EmbeddedRedis
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
-SETTINGS = {"WORKER_STUB_ENGINE": "1", "WORKER_HARDWARE": "cpu", "WORKER_STUB_LOAD_S": "0.1", "WORKER_STUB_RUN_S": "0.05"}
+SETTINGS = {
+    "WORKER_STUB_ENGINE": "1",
+    "WORKER_HARDWARE": "cpu",
+    "WORKER_STUB_LOAD_S": "0.1",
+    "WORKER_STUB_RUN_S": "0.05",
+}
 
 needs_rabbit = pytest.mark.skipif(why_no_rabbit() is not None, reason=why_no_rabbit() or "")
 
