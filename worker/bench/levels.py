@@ -112,7 +112,7 @@ def bench_levels(
             asleep, ram_asleep = free()
             wake_s = engine.ensure_ready(placement, timeout_s=_START_S).seconds
             began = time.monotonic()
-            same &= differs(said, verify(engine, placement, timeout_s=_START_S)) is None
+            same &= differs(said, verify(engine, placement, timeout_s=_START_S, before=said)) is None
             canaries.append(time.monotonic() - began)
             rows.append((sleep_s, wake_s))
             freed[level], kept = asleep - awake, empty - asleep

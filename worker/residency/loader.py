@@ -235,11 +235,13 @@ class Loader:
     def _verify(self, loaded: Loaded, until: float) -> None:
         """See that it answers; awake, with the very tokens that it gave when it was loaded."""
         model_id, said = self.placement.model_id, self._parts.learned.said
+        before = said[model_id] if loaded.level.asleep else None
         self._progress.enter(SwitchStage.VERIFYING, f"{loaded.level} in {loaded.seconds:.1f} s, canary prompt")
-        now = verify(self._parts.engine(model_id), self.placement, timeout_s=max(1.0, until - time.monotonic()))
-        if not loaded.level.asleep:
+        left_s = max(1.0, until - time.monotonic())
+        now = verify(self._parts.engine(model_id), self.placement, timeout_s=left_s, before=before)
+        if before is None:
             said[model_id] = now
-        elif changed := differs(said[model_id], now):
+        elif changed := differs(before, now):
             raise LoadFailed(f"{model_id} woke from {loaded.level} and answers its canary prompt otherwise: {changed}")
 
     def _measure(self, loaded: Loaded) -> Measured:
