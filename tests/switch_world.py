@@ -43,6 +43,7 @@ class TellingEngine(StubEngine):
         self.on_load: Callable[[], object] = lambda: None
         self.canary: Callable[[Completion], Completion] = lambda completion: completion
         self.loaded: Callable[[Loaded], Loaded] = lambda loaded: loaded
+        self.standing = 0  # bytes of a process that stands ready for any model
         self.placements: list[Placement] = []  # of the loads, also of those that failed
         self.timeouts: list[float] = []  # of the loads
         self.calls: list[Call] = []
@@ -56,6 +57,9 @@ class TellingEngine(StubEngine):
             raise self.load_errors.pop(0)
         self.on_load()
         return self.loaded(super().ensure_ready(placement, timeout_s=timeout_s))
+
+    def standby_bytes(self) -> int:
+        return self.standing
 
     def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:
         self._deeds.append(f"{level} {model_id}")

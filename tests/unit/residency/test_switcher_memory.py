@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import EngineDied, LoadFailed, OutOfMemory
 from common.schemas import SwitchRecord
-from tests.factories import GIB, make_gpu, make_machine, make_spec
+from tests.factories import GIB, make_gpu, make_machine, make_placement, make_spec
 from tests.switch_world import LIMITS, World, crash, raising
 from worker.catalog.spec import EngineKind
 from worker.hardware.gpu import Machine
@@ -20,7 +20,7 @@ from worker.selection.fit_vllm import fit_vllm
 from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
 from worker.selection.places import Place, to_spare
-from worker.state.residency import Level, Resident
+from worker.state.residency import HOST, Level, Resident
 
 ADA = (8, 9)
 
@@ -275,3 +275,31 @@ def test_a_load_that_is_not_verified_is_not_measured() -> None:
 
     assert kept == []
     assert records[0].outcome == "failed"
+
+
+# --- A process that stands ready -----------------------------------------------------------------------------
+
+
+def on_host() -> World:
+    """A model of 1.5 GiB, and 4 GiB for it."""
+    return World(placements={"a": make_placement("a")}, machine=make_machine(), host=4 * GIB)
+
+
+def test_what_a_process_that_stands_ready_takes_is_not_planned_with() -> None:
+    """It came since the last switch: with its 3 GiB of the host the model fits no more."""
+    world = on_host()
+    world.engine.standing = 3 * GIB
+    record = world.switch("a")
+
+    assert record.outcome == "failed"
+    assert world.engine.placements == []
+    assert world.residency.free()[HOST] == GIB
+
+
+def test_a_process_that_the_load_left_ready_is_counted_after_it() -> None:
+    """The first load starts it: what is free afterwards is free of both."""
+    world = on_host()
+    world.engine.on_load = lambda: setattr(world.engine, "standing", 2 * GIB)
+
+    assert world.switch("a").outcome == "ready"
+    assert world.residency.free()[HOST] == 4 * GIB - 2 * GIB - world.placements["a"].memory.total
