@@ -29,6 +29,7 @@ from worker.selection.placement import Placement
 
 pytestmark = pytest.mark.vllm
 
+ROOT = Path(__file__).parents[2]
 START_S = 200  # the host's imports, on a busy machine
 LOAD_S = 60
 CONTEXT = 32768
@@ -97,6 +98,21 @@ def test_a_fork_takes_less_memory_than_the_host_and_itself_apart(
     resident = sum(psutil.Process(pid).memory_info().rss for pid in loaded.pids)
     assert spare > 100 * 2**20
     assert loaded.rss_bytes < resident
+
+
+def test_a_host_that_has_touched_cuda_forks_nothing(tmp_path: Path) -> None:
+    """The driver's file is open in it: it says what to set, and ends before it takes an order."""
+    socket = tmp_path / "socket"
+    with (tmp_path / "nvidia-uvm").open("w") as device:
+        ended = subprocess.run(
+            [vllm_python(), "-m", "worker.engines.vllm_host_main", str(socket)],
+            cwd=ROOT, pass_fds=[device.fileno()], capture_output=True, text=True, timeout=START_S, check=False,
+        )  # fmt: skip
+
+    assert ended.returncode == 1
+    assert "importing vLLM has touched CUDA" in ended.stderr
+    assert "VLLM_CHANNEL=server" in ended.stderr
+    assert not socket.exists()
 
 
 @pytest.mark.parametrize("part", [0, -1], ids=["application", "core"])
