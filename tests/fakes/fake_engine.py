@@ -16,6 +16,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 # A grandchild that leaves the session and ignores SIGTERM, as badly as a process can behave.
 STUBBORN = "import os, signal, time; os.setsid(); signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -79,7 +80,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
 
 def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
-    whole = whole_answer(options)
+    broken = broken_answer(options)
+    wakes = 0
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -88,7 +90,9 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
             answer(self, 200, b"{}")
 
         def do_POST(self) -> None:
+            nonlocal wakes
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            wakes += self.path == "/wake_up"
             if body.get("hold"):
                 Path(body["hold"]).touch()  # says that the request is here
             if options.mute or body.get("hold"):
@@ -97,8 +101,10 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
                 stream(self, body["events"])
             elif body.get("die"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif broken is not None:
+                answer(self, *broken)
             else:
-                answer(self, *whole)
+                answer(self, 200, whole_answer(body, day=wakes, spoilt=bool(wakes and options.wrong_after_wake)))
 
         def log_message(self, *_: object) -> None: ...
 
@@ -108,15 +114,23 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def whole_answer(options: argparse.Namespace) -> tuple[int, bytes]:
-    """The status and the body of every answer that is not streamed."""
+def broken_answer(options: argparse.Namespace) -> tuple[int, bytes] | None:
+    """The status and the body of every answer that is not streamed; None = as it should be."""
     if options.wrong_canary:
         return 200, b'{"choices": []}'
     if options.wrong_answer:
         return 200, b"<html>busy</html>"
     if options.fail:
         return 500, json.dumps({"error": {"message": "out of luck"}}).encode()
-    return 200, json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": {}}).encode()
+    return None
+
+
+def whole_answer(body: dict[str, Any], *, day: int, spoilt: bool) -> bytes:
+    """As vLLM tells its tokens: they follow from the weights and the prompt, into which a chat puts the *day*."""
+    prompt = body.get("prompt", [7, day])
+    tokens = [token + (200 if spoilt else 100) for token in prompt]
+    choice = {"message": {"content": "ok"}, "token_ids": tokens}
+    return json.dumps({"choices": [choice], "prompt_token_ids": prompt, "usage": {}}).encode()
 
 
 def answer(handler: BaseHTTPRequestHandler, status: int, content: bytes) -> None:
@@ -150,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shared-memory", type=Path, help="a file in /dev/shm to hold")
     parser.add_argument("--memory-not-freed", type=Path, help="a card, as a file: its pid stays there after its end")
     loads = ("hang-on-load", "die-on-load", "out-of-memory", "killed-on-load")
-    answers = ("half-open", "mute", "wrong-canary", "wrong-answer", "fail")
+    answers = ("half-open", "mute", "wrong-canary", "wrong-answer", "fail", "wrong-after-wake")
     for flag in (*loads, *answers, "ignore-sigterm", "spawn-child"):
         parser.add_argument(f"--{flag}", action="store_true")
     return parser

@@ -12,23 +12,28 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from structlog.testing import capture_logs
 
 from common.schemas import SwitchRecord
 from tests.factories import GIB, make_gpu, make_machine, make_placement, make_spec
 from tests.integration.test_server_engine import FAKE, processes_below
 from worker.catalog.spec import EngineKind
+from worker.engines.base import EngineState, Loaded, StopSignal
 from worker.engines.process import Launch
 from worker.engines.server_engine import ServerEngine
 from worker.hardware.gpu import Machine
+from worker.memory.estimate import MemoryEstimate
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.parts import SwitchLimits
+from worker.residency.recover import Rung
 from worker.residency.shrink import shrink
 from worker.residency.switcher import Switcher
 from worker.selection.fit_vllm import fit_vllm
 from worker.selection.overrides import Overrides
 from worker.selection.placement import Placement
 from worker.selection.places import Place, to_spare
+from worker.state.residency import Level
 
 LIMITS = SwitchLimits(
     attempt_s=20, attempts=2, drain_s=5, quarantine_s=60, load=LoadLimits(max_temperature_c=85, max_power_share=1)
@@ -37,7 +42,7 @@ SHORT_S = 1.5  # for an engine that never answers; the fake needs a quarter of i
 
 
 class Fakes(ServerEngine):
-    """The fake engine for several models, each with flags of its own."""
+    """The fake engine for several models, each with flags of its own; on a card they can sleep."""
 
     kind: ClassVar[EngineKind] = EngineKind.VLLM
 
@@ -45,12 +50,44 @@ class Fakes(ServerEngine):
         super().__init__(run_dir=run_dir, files_of=lambda spec: spec.source)
         self.flags = flags
         self.started: list[Placement] = []
+        self.asleep: set[str] = set()
 
     def launch(self, placement: Placement, files: Path | str, socket: Path) -> Launch:
         """Start the fake."""
         self.started.append(placement)
         flags = self.flags.get(placement.model_id, ())
         return Launch(command=[sys.executable, str(FAKE), "--uds", str(socket), *flags], env=os.environ)
+
+    def sleep_levels(self, placement: Placement) -> tuple[Level, ...]:
+        """One."""
+        return (Level.ASLEEP_1,) if placement.gpus else ()
+
+    def ensure_asleep(self, model_id: str, level: Level, *, timeout_s: float) -> None:
+        """Its process stays, and is told."""
+        self.tell(model_id, "/sleep", timeout_s)
+        self.asleep.add(model_id)
+
+    def ensure_ready(self, placement: Placement, *, timeout_s: float) -> Loaded:
+        """Start it, or wake it."""
+        if (model_id := placement.model_id) not in self.asleep:
+            return super().ensure_ready(placement, timeout_s=timeout_s)
+        self.asleep.remove(model_id)
+        self.tell(model_id, "/wake_up", timeout_s)
+        return replace(super().ensure_ready(placement, timeout_s=timeout_s), level=Level.ASLEEP_1)
+
+    def ensure_stopped(self, model_id: str, *, timeout_s: float) -> None:
+        """One that sleeps ends as well."""
+        self.asleep.discard(model_id)
+        super().ensure_stopped(model_id, timeout_s=timeout_s)
+
+    def state(self, model_id: str) -> EngineState:
+        """Asleep it takes no jobs."""
+        return EngineState.ASLEEP if model_id in self.asleep else super().state(model_id)
+
+    def tell(self, model_id: str, path: str, timeout_s: float) -> None:
+        """Order what is no job."""
+        socket = self._processes[model_id].socket
+        self._http.post(socket, path, {}, timeout_s=timeout_s, stop=StopSignal())
 
 
 class Box:
@@ -65,6 +102,7 @@ class Box:
         machine: Callable[[], Machine] = make_machine,
         limits: SwitchLimits = LIMITS,
         waits: tuple[str, ...] = (),
+        cloud: tuple[str, ...] = (),
     ) -> None:
         self.engine = Fakes(run_dir, flags)
         self.records: list[SwitchRecord] = []
@@ -81,6 +119,7 @@ class Box:
             hand_back=lambda _: None,
             record=self.records.append,
             substitutable=waits.__contains__,
+            cloud=cloud.__contains__,
             pause=self.pauses.append,
         )
 
@@ -173,6 +212,18 @@ def test_next_of_the_cascade(make: Callable[..., Box]) -> None:
     assert box.records[-1].reason.startswith("next model of the cascade: 8b failed, 4b is the next smaller one")
 
 
+def test_cloud_endpoint(make: Callable[..., Box]) -> None:
+    """Nothing loads, and of the last model tried jobs wait that may leave the machine: they do, and the others wait."""
+    box = make(dict.fromkeys(("8b", "4b"), ("--die-on-load",)), cloud=("4b",))
+    with capture_logs() as told:
+        box.switch("8b")
+
+    rungs = [(line["model_id"], line["rung"]) for line in told if line["event"] == "residency.recovering"]
+    assert rungs == [("4b", Rung.CASCADE), (None, Rung.CLOUD)]
+    assert box.board.read().residents == ()
+    assert set(box.board.read().quarantined) == {"8b", "4b"}  # which is what lets their jobs go
+
+
 def test_hold_the_jobs(make: Callable[..., Box], tmp_path: Path) -> None:
     """Nothing loads: every model was tried, no process is left, and each reason stands on the board."""
     box = make(dict.fromkeys(("14b", "8b", "4b"), ("--die-on-load",)), waits=("14b",))
@@ -197,6 +248,51 @@ def on_card() -> Placement:
     found = fit_vllm(make_spec("big", engine=EngineKind.VLLM), Overrides(), place)
     assert isinstance(found, Placement)
     return found
+
+
+def sleepers(make: Callable[..., Box], **flags: tuple[str, ...]) -> Box:
+    """A box whose models sleep on a card, on which no two of them fit; it shows what the engines hold."""
+    memory = MemoryEstimate(weights=10 * GIB, kv_cache=6 * GIB)
+
+    def machine() -> Machine:
+        awake = [p for p in plans.values() if box.engine.state(p.model_id) is EngineState.READY]
+        return card(free_gib=24 - sum(p.memory.total for p in awake) / GIB)
+
+    spec = {name: make_spec(name, engine=EngineKind.VLLM) for name in ("big", "other")}
+    plans = {name: make_placement(name, spec=spec[name], gpus=(0,), memory=memory) for name in spec}
+    box = make(flags, placements=plans, machine=machine, limits=replace(LIMITS, asleep=1))
+    return box
+
+
+def test_colder_level(make: Callable[..., Box], tmp_path: Path) -> None:
+    """
+    A model that wakes with other weights is ended, and started from its files; it sleeps so no more.
+
+    Its template has another day in it than at the load, and that hides nothing.
+    """
+    seen = str(tmp_path / "seen")
+    box = sleepers(make, big=("--wrong-after-wake", "--only-first", seen))
+    for name in ("big", "other"):
+        box.switch(name)
+    assert box.engine.asleep == {"big"}
+    record = box.switch("big")
+
+    assert (record.outcome, record.level, record.attempts) == ("ready", Level.COLD, 2)
+    assert "big woke from asleep_1 and answers its canary prompt otherwise" in record.reason
+    assert [placement.model_id for placement in box.engine.started] == ["big", "other", "big"]
+    assert list(box.board.read().banned) == [("big", Level.ASLEEP_1)]
+    assert box.board.read().quarantined == {}
+
+
+def test_a_wake_on_another_day_is_no_failure(make: Callable[..., Box]) -> None:
+    """The same weights answer the prompt of the load's day as they did then: nothing is started anew."""
+    box = sleepers(make)
+    for name in ("big", "other", "big"):
+        record = box.switch(name)
+
+    assert (record.outcome, record.level, record.attempts) == ("ready", Level.ASLEEP_1, 1)
+    assert [placement.model_id for placement in box.engine.started] == ["big", "other"]
+    assert box.board.read().banned == {}
 
 
 @pytest.mark.parametrize(
