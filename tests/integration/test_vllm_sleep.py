@@ -43,8 +43,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHostEngine]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Placement:
-    """A tiny model."""
+    """A tiny model, whose chat template has the time in it, as others have the day."""
     path = make_tiny_hf(tmp_path_factory.mktemp("models") / "one", context=2048)
+    config = path / "tokenizer_config.json"
+    read = json.loads(config.read_text())
+    dated = "{{ strftime_now('%H:%M:%S.%f') }}" + read["chat_template"]
+    config.write_text(json.dumps({**read, "chat_template": dated}))
     return make_placement("one", spec=make_spec("one", engine=EngineKind.VLLM, path=path, repo=None, file=None))
 
 
@@ -54,7 +58,7 @@ def said(engine: VllmHostEngine, model: Placement, before: Said | None = None) -
 
 @pytest.mark.parametrize("level", [Level.ASLEEP_1, Level.ASLEEP_2])
 def test_awake_it_answers_with_the_same_tokens(engine: VllmHostEngine, model: Placement, level: Level) -> None:
-    """From either level, in the same process; asleep it takes no request."""
+    """From either level, in the same process; asleep it takes no request. A chat's prompt is another by then."""
     loaded = engine.ensure_ready(model, timeout_s=START_S)
     before = said(engine, model)
 
@@ -68,6 +72,7 @@ def test_awake_it_answers_with_the_same_tokens(engine: VllmHostEngine, model: Pl
     assert (woken.level, woken.pids) == (level, loaded.pids)
     assert engine.state("one") is EngineState.READY
     assert before.prompt
+    assert before.prompt != said(engine, model).prompt
     assert isinstance(before.answer[0], int)
     assert differs(before, said(engine, model, before)) is None
 
