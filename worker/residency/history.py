@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 
 from common.schemas import SwitchRecord, SwitchTime
-from worker.residency.expect import average, expect_at_most_s, expect_switch_s, load_speed
+from worker.residency.expect import average, expect_at_most_s, load_speed
 from worker.state.residency import Level
 
 _KEPT = 50
@@ -66,10 +66,6 @@ class SwitchHistory:
     def expected_switch_s(self, from_model: str | None, to_model: str, *, level: Level = Level.COLD) -> float | None:
         """How many seconds a switch to a model at *level* will take at most, without draining; None: nobody knows."""
         return expect_at_most_s(self.times(), from_model, to_model, level=level)
-
-    def measured_s(self, from_model: str | None, to_model: str, *, level: Level) -> float | None:
-        """How many seconds such a switch took, without draining; None if there was none."""
-        return expect_switch_s(self.times(), from_model, to_model, level=level)
 
     def load_speed(self) -> float | None:
         """Bytes of weights per second that this worker loads; None if it has loaded nothing yet."""

@@ -4,7 +4,7 @@ What must leave so that a model can be made ready, and does it sleep or end? A p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -33,8 +33,20 @@ class Sleeping:
     host_bytes: int | None = None  # of the host, that residents may take together; None = all of it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Missed:
+    """What it costs that a model leaves; by default nobody knows."""
+
+    waited_for: Collection[str] = ()  # models for which jobs wait
+    back_s: Mapping[str, float] = field(default_factory=dict)  # seconds to make each ready again; unknown = absent
+
+
 def plan_switch(
-    residency: Residency, model_id: str, needs: Mapping[int, int], sleeping: Sleeping | None = None
+    residency: Residency,
+    model_id: str,
+    needs: Mapping[int, int],
+    sleeping: Sleeping | None = None,
+    missed: Missed | None = None,
 ) -> SwitchPlan:
     """
     Decide how to make *model_id*, which *needs* so many bytes by card and HOST while it is ready, ready.
@@ -51,9 +63,11 @@ def plan_switch(
     5. Does what leaves, and what sleeps, have room     It sleeps; the one that is needed next has the first choice
        beside all that?                                 (see `settle`). Who has none ends.
 
-    A group costs its jobs in flight first, then how many models leave, then its bytes; ties go by name.
+    A group costs its jobs in flight first; then how many of it jobs wait for, for each of them must come back; then
+    the seconds that bringing all of it back takes, unless they are unknown of any model that is awake; then how many
+    leave, then its bytes; ties go by name.
     """
-    sleeping = sleeping or Sleeping()
+    sleeping, missed = sleeping or Sleeping(), missed or Missed()
 
     # (1) Ready already.
     if residency.ready(model_id):
@@ -75,8 +89,11 @@ def plan_switch(
 
     # (4) Make room.
     if not _room(residency, awake, wanted):
+        if any(r.model_id not in missed.back_s for r in awake):
+            missed = replace(missed, back_s={})
         groups = (group for count in range(1, len(awake) + 1) for group in combinations(awake, count))
-        leaving = min((group for group in groups if _room(residency, _without(awake, group), wanted)), key=_cost)
+        enough = (group for group in groups if _room(residency, _without(awake, group), wanted))
+        leaving = min(enough, key=lambda group: _cost(group, missed))
         reason = f"{model_id} takes the place of {', '.join(sorted(r.model_id for r in leaving))}"
 
     # (5) Asleep, or ended.
@@ -148,7 +165,10 @@ def _without(residents: tuple[Resident, ...], group: tuple[Resident, ...]) -> tu
     return tuple(r for r in residents if r not in group)
 
 
-def _cost(group: tuple[Resident, ...]) -> tuple[int, int, int, tuple[str, ...]]:
+def _cost(group: tuple[Resident, ...], missed: Missed) -> tuple[int, int, float, int, int, tuple[str, ...]]:
+    names = tuple(sorted(r.model_id for r in group))
     in_flight = sum(resident.in_flight for resident in group)
+    waited_for = sum(name in missed.waited_for for name in names)
+    back_s = sum(missed.back_s.get(name, 0.0) for name in names)
     held = sum(sum(resident.held.values()) for resident in group)
-    return in_flight, len(group), held, tuple(sorted(r.model_id for r in group))
+    return in_flight, waited_for, back_s, len(group), held, names

@@ -12,10 +12,10 @@ from concurrent.futures import Future, wait
 from common.errors import DoesNotFit, InternalError, ShiftworkerError
 from common.logs import get_logger
 from common.schemas import SwitchRecord, SwitchStage
-from worker.residency.expect import expect_switch_s
+from worker.residency.expect import expect_at_most_s, expect_switch_s
 from worker.residency.loader import Loader
 from worker.residency.parts import Parts
-from worker.residency.plan import Sleeping, SwitchPlan, plan_switch, see_others
+from worker.residency.plan import Missed, Sleeping, SwitchPlan, plan_switch, see_others
 from worker.residency.progress import OnStage, Progress
 from worker.residency.settle import Rest, by_next_use, rank_levels, rest_at
 from worker.residency.unloader import Unloader
@@ -65,7 +65,7 @@ class SwitchRun:
             self._parts.count_standby()
             self._parts.reclaimer.see_freed()  # what is still on its way back would count as others'
             residency = see_others(self._board.read(), self._parts.machine.read())
-            plan = plan_switch(residency, model_id, self._needs(), self._sleeping())
+            plan = plan_switch(residency, model_id, self._needs(), self._sleeping(), self._missed())
             logger.info("residency.planned", model_id=model_id, stop=plan.stop, sleep=plan.sleep, reason=plan.reason)
             if self._board.read().ready(model_id):
                 return self.finished("ready", plan.reason)
@@ -112,6 +112,19 @@ class SwitchRun:
             order=by_next_use(residency.residents, self._backlog()),
             most=parts.limits.asleep,
             host_bytes=held + host_place(parts.machine.read()).budget,
+        )
+
+    def _missed(self) -> Missed:
+        """Gather what decides who leaves, where there is a choice."""
+        parts, awake = self._parts, [resident.model_id for resident in self._board.read().awake]
+        if len(awake) < 2:  # noqa: PLR2004 - one has nobody to be compared with
+            return Missed()
+        backlog, times, target = self._backlog(), tuple(parts.times()), self.placement.model_id
+        # As if it ended: whether it finds room to sleep depends on who else leaves.
+        back_s = {model: expect_at_most_s(times, target, model, level=parts.engine(model).standby) for model in awake}
+        return Missed(
+            waited_for=frozenset(model for model in awake if backlog.count(model)),
+            back_s={model: seconds for model, seconds in back_s.items() if seconds is not None},
         )
 
     def _rests(self, resident: Resident, residency: Residency) -> tuple[Rest, ...]:
