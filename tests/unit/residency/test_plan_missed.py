@@ -107,8 +107,8 @@ def test_of_two_idle_models(waited_for: str, back_s: dict[str, float], stop: tup
 
 def took(to_model: str, seconds: float) -> SwitchTime:
     return SwitchTime(
-        from_model=None, to_model=to_model, level=Level.COLD, mean_s=seconds, last_s=seconds, load_s=seconds, load_bytes=None,
-        count=1, at=datetime(2026, 1, 1, tzinfo=UTC),
+        from_model=None, to_model=to_model, level=Level.COLD, mean_s=seconds, last_s=seconds, load_s=seconds,
+        load_bytes=None, count=1, at=datetime(2026, 1, 1, tzinfo=UTC),
     )  # fmt: skip
 
 
