@@ -31,7 +31,7 @@ from worker.state.residency import Level, Resident
 logger = get_logger(__name__)
 
 _PAUSE_S = 2.0  # between attempts: time for a hot card or a leaving process
-_NOISE_BYTES = 256 * 2**20  # by which free memory changes from look to look although no program came or went
+NOISE_BYTES = 256 * 2**20  # by which free memory changes from look to look although no program came or went
 
 
 class Loader:
@@ -170,7 +170,7 @@ class Loader:
         if before is None or self._force:
             return
         free = free_bytes(self._parts.machine.read(), self.placement)
-        if free is not None and free < before + _NOISE_BYTES:
+        if free is not None and free < before + NOISE_BYTES:
             raise TooLittleMemory(
                 f"{self.placement.model_id} ran out of memory with {before:,} bytes free, and {free:,} are now."
             )

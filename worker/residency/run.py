@@ -13,7 +13,7 @@ from common.errors import DoesNotFit, InternalError, ShiftworkerError
 from common.logs import get_logger
 from common.schemas import SwitchRecord, SwitchStage
 from worker.residency.expect import expect_at_most_s, expect_switch_s
-from worker.residency.loader import Loader
+from worker.residency.loader import NOISE_BYTES, Loader
 from worker.residency.parts import Parts
 from worker.residency.plan import Missed, Sleeping, SwitchPlan, plan_switch, see_others
 from worker.residency.progress import OnStage, Progress
@@ -95,10 +95,20 @@ class SwitchRun:
         )
 
     def _needs(self) -> Mapping[int, int]:
-        """What the model will take; of the host at least what it has there asleep, for it keeps that awake."""
-        needs, found = needs_of(self.placement), self._board.read().resident(self.placement.model_id)
-        asleep = found.host_bytes if found is not None and found.level.asleep else 0
-        return {**needs, HOST: max(needs[HOST], asleep)}
+        """
+        What the model will take; of the host at least what it has there asleep, for it keeps that awake.
+
+        If it was given up for want of memory, more than was free then, as far as there is more: whatever its plan says,
+        it does not fit beside the same models.
+        """
+        residency, model_id, needs = self._board.read(), self.placement.model_id, dict(needs_of(self.placement))
+        found, ran_out = residency.resident(model_id), self._parts.learned.ran_out.get(model_id)
+        if found is not None and found.level.asleep:
+            needs[HOST] = max(needs[HOST], found.host_bytes)
+        if ran_out is not None and model_id in residency.quarantined:
+            for place in self.placement.gpus or (HOST,):
+                needs[place] = max(needs[place], min(residency.places.get(place, 0), ran_out + NOISE_BYTES))
+        return needs
 
     def _sleeping(self) -> Sleeping:
         """Gather what decides how models sleep here."""

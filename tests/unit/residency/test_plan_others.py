@@ -10,6 +10,7 @@ from itertools import combinations_with_replacement, product
 
 import pytest
 
+from common.errors import OutOfMemory
 from tests.factories import GIB, make_gpu, make_machine, make_placement, make_spec
 from tests.switch_world import World
 from worker.catalog.spec import EngineKind
@@ -143,6 +144,20 @@ def test_an_idle_model_leaves_where_another_program_took_the_room_beside_it() ->
     world.others = 4 * GIB
     assert world.switch("a").reason == "a fits beside b"
     assert world.levels == {"a": Level.READY, "b": Level.READY}
+
+
+def test_a_model_that_ran_out_of_memory_beside_another_has_its_place_the_next_time() -> None:
+    """Its plan was wrong, and would be wrong again: given up once beside an idle model, it does not wait for ever."""
+    world = box()
+    world.switch("a")
+    world.engine.load_errors = [OutOfMemory("b ended while it was loading")]
+
+    assert world.switch("b").outcome == "failed"
+    assert world.levels == {"a": Level.READY}
+
+    record = world.switch("b")
+    assert (record.outcome, record.attempts, record.reason) == ("ready", 1, "b takes the place of a")
+    assert world.levels == {"b": Level.READY}
 
 
 def test_memory_of_a_dead_engine_that_is_on_its_way_back_is_not_another_programs() -> None:
