@@ -184,6 +184,9 @@ class LimitSettings(_Group):
     unrouted_jobs: int = Field(100_000, ge=1, description="jobs that wait for the router")
 
 
+ANY_HOST = "*"
+
+
 class EgressSettings(_Group):
     """Where the URLs in jobs (webhooks, images, audio, video) may lead."""
 
@@ -193,7 +196,7 @@ class EgressSettings(_Group):
         (), description="hosts, addresses and networks that may be called though not public, comma separated"
     )
     media_domains: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="hosts that images, audio and video may come from, comma separated; unset = any"
+        (), description="hosts that images, audio and video may come from, comma separated; * = any"
     )
 
     _split = field_validator("allow", "media_domains", mode="before")(_split_at_commas)

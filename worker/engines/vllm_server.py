@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from common.errors import EngineMissing
-from common.settings import VllmSettings
+from common.settings import ANY_HOST, VllmSettings
 from worker.catalog.spec import EngineKind, ModelSpec
 from worker.engines.environment import engine_environment
 from worker.engines.may_sleep import may_sleep
@@ -117,8 +117,8 @@ def _interface(spec: ModelSpec) -> list[str]:
 
 
 def media_flags(domains: Sequence[str]) -> list[str]:
-    """Build the flags for where media may come from; none = anywhere."""
-    return ["--allowed-media-domains", *domains] if domains else []
+    """Build the flags for where media may come from; none = from wherever the router lets through."""
+    return ["--allowed-media-domains", *domains] if domains and ANY_HOST not in domains else []
 
 
 def environment(

@@ -14,15 +14,15 @@ from worker.engines import vllm_server
 ENGINE_DOMAINS = ("a.example", "b.example")
 
 
-@pytest.mark.parametrize("domains", [(), ENGINE_DOMAINS])
+@pytest.mark.parametrize("domains", [(), ("*",), ENGINE_DOMAINS])
 def test_vllm_knows_the_hosts_that_media_may_come_from(tmp_path: Path, domains: tuple[str, ...]) -> None:
     """Its own look at the name comes later than the router's; a list of names is what a changed address cannot pass."""
     engine = vllm_server.VllmServerEngine(
         run_dir=tmp_path, files_of=lambda _spec: "org/name", python=Path("/python"), media_domains=domains
     )
     line = list(engine.launch(make_placement(), "org/name", Path("/s.sock")).command)
-    assert ("--allowed-media-domains" in line) is bool(domains)
-    if domains:
+    assert ("--allowed-media-domains" in line) is (domains == ENGINE_DOMAINS)
+    if domains == ENGINE_DOMAINS:
         assert line[line.index("--allowed-media-domains") + 1 :] == list(domains)
 
 
