@@ -21,6 +21,7 @@ from common.errors import (
     LoadFailed,
     ShiftworkerError,
 )
+from common.logs import get_logger
 from worker.catalog.spec import EngineKind
 from worker.engines.base import (
     Call,
@@ -43,6 +44,8 @@ from worker.state.residency import Level
 PING_S = 30.0  # an engine that does not come by for so long hangs; one step on a slow CPU takes a few seconds
 RESPAWN_PAUSE_S = 5.0  # after the host ended by itself, perhaps because it cannot import vLLM
 POLL_S = 0.02
+
+logger = get_logger(__name__)
 
 
 class VllmHostEngine:
@@ -240,7 +243,10 @@ class VllmHostEngine:
     def _keep_host(self) -> None:
         while not self._closed.is_set():
             if self._host.wait_gone(timeout_s=1.0) and not self._closed.wait(RESPAWN_PAUSE_S):
-                self._living_host()
+                try:
+                    self._living_host()
+                except Exception:  # no memory for a process, say: tried again after another pause
+                    logger.exception("engines.host_not_started")
 
     def _living_host(self) -> HostProcess:
         """Give the host; if it has ended, a new one."""
