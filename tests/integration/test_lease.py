@@ -37,17 +37,18 @@ def app(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Celery:
     return create_app(Settings.from_env(), owner="sweeper")
 
 
-def lease(app: Celery, url: str, owner: str, held: set[str] | None = None) -> Lease:
+def lease(app: Celery, url: str, owner: str, **changes: Any) -> Lease:
     client = connect(url)
-    return Lease(
-        app=app,
-        client=client,
-        deaths=Deaths(client, RedisJobStore(client, ttl_s=60)),
-        owner=owner,
-        lease_s=15,
-        visibility_timeout_s=120,
-        held=lambda: held or set(),
-    )
+    given: dict[str, Any] = {
+        "app": app,
+        "client": client,
+        "deaths": Deaths(client, RedisJobStore(client, ttl_s=60)),
+        "owner": owner,
+        "lease_s": 15,
+        "visibility_timeout_s": 120,
+        "held": set,
+    }
+    return Lease(**(given | changes))
 
 
 def begun(store: RedisJobStore, messages: Sequence[Any]) -> list[str]:
@@ -207,7 +208,7 @@ def test_what_a_living_process_forgot_goes_back_after_two_sweeps(
     with connection(redis_url, "owner") as conn:
         forgotten, running = Inbox(conn).take(2)
         [job_id] = begun(store, [forgotten])
-        owner = lease(app, redis_url, "owner", held={running.delivery_tag})
+        owner = lease(app, redis_url, "owner", held=lambda: {running.delivery_tag})
         assert [owner.sweep(now=time.time()) for _ in range(3)] == [0, 1, 0]
     assert store.view(job_id).faults == ()
     with connection(redis_url, "next") as conn:
@@ -267,41 +268,24 @@ def test_what_a_dead_process_held_and_is_no_message_stops_nobody(
 
 def test_a_fault_of_ours_does_not_end_the_thread(app: Celery, redis_url: str, redis_client: RedisClient) -> None:
     """Else this process would be taken for dead, and its jobs run a second time elsewhere."""
-    looks = iter([ZeroDivisionError("a bug"), None])
+    looks = iter([ZeroDivisionError("a bug")])
 
     def held() -> set[str]:
         if (fault := next(looks, None)) is not None:
             raise fault
         return set()
 
-    client = connect(redis_url)
-    beating = Lease(
-        app=app,
-        client=client,
-        deaths=Deaths(client, RedisJobStore(client, ttl_s=60)),
-        owner="me",
-        lease_s=0.3,
-        visibility_timeout_s=120,
-        held=held,
-    )
+    beating = lease(app, redis_url, "me", lease_s=0.3, held=held)
     beating.start()
     eventually(lambda: redis_client.exists(keys.lease("me")), what="the next beat renews it")
     beating.end()
     beating.join(5)
+    assert not beating.is_alive()
 
 
 def test_a_missed_beat_does_not_end_the_thread(app: Celery, redis_url: str, own_redis: Any) -> None:
     """Redis away for a beat: the thread goes on and renews when it is back."""
-    client = connect(own_redis.url)
-    beating = Lease(
-        app=app,
-        client=client,
-        deaths=Deaths(client, RedisJobStore(client, ttl_s=60)),
-        owner="me",
-        lease_s=0.3,
-        visibility_timeout_s=120,
-        held=set,
-    )
+    beating = lease(app, own_redis.url, "me", lease_s=0.3)
     own_redis.kill()
     beating.start()
     own_redis.start()
