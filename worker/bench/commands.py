@@ -20,7 +20,7 @@ from common import logs
 from common.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: ratios, each side in turn.")
-_err = Console(stderr=True)
+_err = Console(stderr=True, soft_wrap=True)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, in the last line.")]
 
