@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from structlog.testing import capture_logs
+from structlog.testing import CapturingLogger
 
 from common.schemas import SwitchRecord
 from tests.factories import GIB, make_gpu, make_machine, make_placement, make_spec
@@ -23,6 +23,7 @@ from worker.engines.process import Launch
 from worker.engines.server_engine import ServerEngine
 from worker.hardware.gpu import Machine
 from worker.memory.estimate import MemoryEstimate
+from worker.residency import switcher
 from worker.residency.board import ResidencyBoard
 from worker.residency.check import LoadLimits
 from worker.residency.parts import SwitchLimits
@@ -212,13 +213,15 @@ def test_next_of_the_cascade(make: Callable[..., Box]) -> None:
     assert box.records[-1].reason.startswith("next model of the cascade: 8b failed, 4b is the next smaller one")
 
 
-def test_cloud_endpoint(make: Callable[..., Box]) -> None:
+def test_cloud_endpoint(make: Callable[..., Box], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing loads, and of the last model tried jobs wait that may leave the machine: they do, and the others wait."""
     box = make(dict.fromkeys(("8b", "4b"), ("--die-on-load",)), cloud=("4b",))
-    with capture_logs() as told:
-        box.switch("8b")
+    told = CapturingLogger()  # structlog's own is kept by whoever has logged before
+    monkeypatch.setattr(switcher, "logger", told)
+    box.switch("8b")
 
-    rungs = [(line["model_id"], line["rung"]) for line in told if line["event"] == "residency.recovering"]
+    recovering = [call.kwargs for call in told.calls if call.args == ("residency.recovering",)]
+    rungs = [(step["model_id"], step["rung"]) for step in recovering]
     assert rungs == [("4b", Rung.CASCADE), (None, Rung.CLOUD)]
     assert box.board.read().residents == ()
     assert set(box.board.read().quarantined) == {"8b", "4b"}  # which is what lets their jobs go
