@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common import backlog_scripts as scripts
 from common import keys
 from common.bounds import Bounds
-from common.redis_client import RedisClient, run_script
+from common.redis_client import RedisClient, run_for_each, run_script
 from common.schemas import AUTO, JobRequest
 
 PLACE_HEADER = "shiftworker_place"  # of a message: its Place, but for the priority, which is a property of its own
@@ -203,9 +203,10 @@ class RedisBacklog:
             messages = self._redis.hmget(keys.backlog_messages(queue), some)
             yield from ((job_id, raw) for job_id, raw in zip(some, messages, strict=True) if raw is not None)
 
-    def read(self, queue: str) -> Any:
-        """The sums, lane by lane, as `backlog_scripts.READ` gives them; it looks at no single job."""
-        return self._redis.eval(scripts.READ, 1, keys.backlog(queue))
+    def read(self, *queues: str) -> list[Any]:
+        """Each queue's sums, lane by lane, as `backlog_scripts.READ` gives them; it looks at no single job."""
+        calls = [((keys.backlog(queue), *keys.lists_of(queue)), ()) for queue in queues]
+        return run_for_each(self._redis, scripts.READ, calls)
 
 
 def _prompt_tokens(request: JobRequest) -> int:

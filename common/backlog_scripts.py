@@ -237,8 +237,9 @@ end
 return moved
 """
 
-# KEYS: the backlog. Returns {the sums as they lie there, per lane {lane, first arrival, last, first deadline or nil,
-# the bound of its first job or nil, as text}}. Whatever the number of jobs, it looks at each lane once.
+# KEYS: the backlog, the lists of its queue. Returns {the sums as they lie there, per lane {lane, first arrival, last,
+# first deadline or nil, the bound of its first job or nil, as text}, how many messages lie in the lists}. Whatever the
+# number of jobs, it looks at each lane once.
 READ: Final = """
 local sums, heads = redis.call('HGETALL', KEYS[1] .. ':sums'), {}
 for i = 1, #sums, 2 do
@@ -252,5 +253,7 @@ for i = 1, #sums, 2 do
     heads[#heads + 1] = {lane, oldest[2], newest[2], deadline[2] or false, max_wait and tostring(max_wait) or false}
   end
 end
-return {sums, heads}
+local listed = 0
+for i = 2, #KEYS do listed = listed + redis.call('LLEN', KEYS[i]) end
+return {sums, heads, listed}
 """

@@ -187,7 +187,7 @@ def test_the_order_is_that_of_the_reference_on_every_trace(redis_client: RedisCl
 
 def read(line: Line) -> dict[str, dict[str, float]]:
     """What `READ` says of each lane."""
-    sums, heads = line.backlog.read(line.queue)
+    [(sums, heads, _)] = line.backlog.read(line.queue)
     found: dict[str, dict[str, float]] = {}
     for name, value in zip(sums[::2], sums[1::2], strict=True):
         what, _, lane = name.partition(" ")

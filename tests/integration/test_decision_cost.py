@@ -43,10 +43,15 @@ def test_a_decision_and_a_job_cost_the_same_at_100_000_jobs(app: Celery, redis_c
         found[jobs] = (decided - before, commands(redis_client) - decided)
 
     assert found[100_000] == found[1_000]
-    before = cpu_s(redis_client)
-    for _ in range(50):
-        decide(redis_client, now=time.time())
-    assert (cpu_s(redis_client) - before) / 50 < 0.005
+    assert min(decision_s(redis_client) for _ in range(10)) < 0.005
+
+
+def decision_s(client: RedisClient) -> float:
+    """Seconds of CPU of a look and a decision, the average of ten; other programs make it more, and never less."""
+    before = cpu_s(client)
+    for _ in range(10):
+        decide(client, now=time.time())
+    return (cpu_s(client) - before) / 10
 
 
 def pass_one_job(app: Celery, job_id: str) -> None:

@@ -86,7 +86,7 @@ def test_a_routed_job_lies_in_its_models_queue_under_its_own_headers(
     assert told.words == ["moved on"]
     assert in_hand(redis_client) == set()
     backlog, queue = RedisBacklog(redis_client), keys.model_queue("small")
-    sums, _heads = backlog.read(queue)
+    [(sums, _, _)] = backlog.read(queue)
     assert "jobs 6*:default" in sums
     message = json.loads(backlog.find(queue, "job") or "")
     headers, properties = message["headers"], message["properties"]

@@ -132,6 +132,9 @@ def environment(
     if not placement.gpus:
         # One core for the server and the scheduler: with all of them vLLM fell from 75 to 10-28 jobs/s.
         env["OMP_NUM_THREADS"] = str(max(1, cpu_count - 1))
+        # Else the scheduler and a worker process besides it look for each other's messages with `sched_yield` for a
+        # second after each; on two cores that kept every other process, ours too, from running for up to 4 s.
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return env
 
 

@@ -25,22 +25,15 @@ class RedisQueues:
     """The model queues; one round trip a reading, whatever the number of jobs."""
 
     def __init__(self, client: RedisClient, models: Sequence[str], *, bounds: Bounds | None = None) -> None:
-        self._redis = client
         self._models = tuple(models)
         self._backlog = RedisBacklog(client, bounds=bounds)
 
     def backlog(self) -> Backlog:
         """Read every model's queue; what a stock producer has pushed to its lists joins its backlog."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for model in self._models:
-                RedisBacklog(pipe).read(keys.model_queue(model))
-                for name in keys.lists_of(keys.model_queue(model)):
-                    pipe.llen(name)
-            found = iter(pipe.execute())
         by_model: dict[str, Waiting] = {}
-        for model in self._models:
-            lanes = tuple(_lanes(*next(found)))
-            in_lists = sum(next(found) for _ in keys.PRIORITY_STEPS)
+        found = self._backlog.read(*map(keys.model_queue, self._models))
+        for model, (sums, heads, in_lists) in zip(self._models, found, strict=True):
+            lanes = tuple(_lanes(sums, heads))
             by_model[model] = Waiting(
                 count=sum(lane.count for lane in lanes) + in_lists,
                 oldest_at=min((lane.oldest_at for lane in lanes if lane.oldest_at is not None), default=None),

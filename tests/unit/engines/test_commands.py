@@ -162,6 +162,15 @@ def test_vllm_on_the_cpu_leaves_a_core_for_its_server(cores: int, threads: str) 
     assert env["OMP_NUM_THREADS"] == threads
 
 
+def test_vllm_on_the_cpu_keeps_no_process_that_spins_beside_its_scheduler() -> None:
+    """On a card vLLM has none anyway."""
+    on_cpu = vllm_server.environment({}, make_placement(gpus=()), model="org/name", cpu_count=2)
+    on_card = vllm_server.environment({}, make_placement(gpus=(0,)), model="org/name", cpu_count=2)
+
+    assert on_cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in on_card
+
+
 def test_vllm_asks_the_hub_only_for_what_is_on_the_hub() -> None:
     """A wrong local path would else take 10 s of retries to be found out."""
     on_card = make_placement(gpus=(0,))
