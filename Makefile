@@ -1,6 +1,6 @@
 # make demo    see it work: real jobs, two small models, no Docker, no GPU, no account
 # make test    the whole suite: real Redis, Celery workers, llama.cpp and vLLM (CPU build) on tiny models
-# make check   lint, types, import flow, unit tests: under a minute
+# make check   lint, types, import flow, unit tests: three minutes
 # make chaos   hundreds of jobs while everything is killed, paused and cut off, seed after seed: ten minutes
 # make soak    20,000 jobs: does anything grow? ten minutes
 # make audit   known weaknesses of the installed packages; asks the package index
@@ -15,7 +15,7 @@ UV := $(VENV)/bin/uv
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH_CPU := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 
-.PHONY: demo test check setup unit audit gpu-test chaos soak clean
+.PHONY: demo test check lint setup unit audit gpu-test chaos soak clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/shiftworker demo $(ARGS)
@@ -23,12 +23,13 @@ demo: $(VENV)/.demo
 test: setup
 	$(VENV)/bin/pytest $(ARGS)
 
-check: $(VENV)/.dev
+check: lint unit
+
+lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/pytest -q tests/unit
 
 unit: $(VENV)/.dev
 	$(VENV)/bin/pytest -q tests/unit $(ARGS)
