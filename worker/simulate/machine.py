@@ -17,6 +17,7 @@ class Machine:
         self.name = name
         self._costs = costs
         self.switch_s = {model: cost.load_s for model, cost in costs.items()}  # what the next switch to each takes
+        self.serves: Collection[str] | None = None  # the models that it can serve; None = all
         self.ready: str | None = None
         self.since = 0.0
         self.target: str | None = None  # of the switch that is asked for or under way

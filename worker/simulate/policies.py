@@ -60,6 +60,7 @@ def shiftworker(costs: Mapping[str, ModelCosts], *, max_wait_s: float, min_turn_
 
     def decide(sight: Sight) -> Turn:
         machine = sight.machine
+        mine = models if machine.serves is None else [model for model in models if model in machine.serves]
         resident = machine.ready and Resident(
             model_id=machine.ready, level=Level.READY, bytes=0, since=machine.since, in_flight=machine.running
         )
@@ -72,7 +73,7 @@ def shiftworker(costs: Mapping[str, ModelCosts], *, max_wait_s: float, min_turn_
                 residents=(resident,) if resident else (),
                 switch_s=machine.switch_s,
             ),
-            models,
+            mine,
             now=sight.now,
             max_wait_s=max_wait_s,
             min_turn_s=min_turn_s,

@@ -64,11 +64,13 @@ Policy = Callable[[Sight], Turn]
 class Start:
     """How things are on one worker when a run begins; unless it is told, nothing has happened yet."""
 
+    name: str | None = None  # of the worker; None = by its number
     at_s: float = 0.0  # jobs that came before wait since then
     ready: str | None = None  # the model that is ready ...
     since_s: float = 0.0  # ... since when ...
     ends_s: tuple[float, ...] = ()  # ... and when the jobs in flight end
     started: frozenset[str] = frozenset()  # models that need no first load any more
+    serves: frozenset[str] | None = None  # the models that it can serve; None = all
     target: str | None = None  # of a switch that is asked for, or under way ...
     target_at_s: float | None = None  # ... when it will be ready; None = it waits for the jobs in flight
 
@@ -144,6 +146,7 @@ class _Simulation:
     def _begin_one(self, which: int, start: Start) -> None:
         machine = self._machines[which]
         machine.begin_with(start.started, start.ready, start.since_s, ends_s=start.ends_s)
+        machine.name, machine.serves = start.name or machine.name, start.serves
         if start.ready is not None:
             self._turns[which] = TurnTaken(machine.name, start.ready, start.since_s, start.since_s, "it was ready")
         for ends_s in start.ends_s:
