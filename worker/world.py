@@ -108,7 +108,8 @@ class WorkerWorld:
         self._substitutes = substitutes
         self._forecaster = forecaster
         self._arrivals = Arrivals()
-        self._others: Mapping[str, Sequence[str]] = {}  # worker -> what it serves or loads
+        self._others: Mapping[str, Sequence[str]] = {}  # worker -> what it serves or loads ...
+        self._offered: Mapping[str, frozenset[str]] = {}  # ... and what it could
         self._heard_at = 0.0
         self._foretold: Mapping[str, int] = {}  # model -> jobs that waited at the last forecast ...
         self._scene: object = None  # ... and who served what
@@ -148,6 +149,7 @@ class WorkerWorld:
         if now - self._heard_at >= _HEARS_EVERY_S:
             self._kept_paces.save(self._paces.unsaved())
             self._paces.learn(self._kept_paces.read())
+            self._offered = self._turns.offered()
             self._heard_at = now
         measured = self._paces.known(self._needs)
         return Knowledge(
@@ -220,7 +222,7 @@ class WorkerWorld:
             max_wait_s=max_wait_s,
             min_turn_s=min_turn_s,
             usual_s=priced.usual_s,
-            workers=see_workers(residency, list(self._others.values()), priced, now=now),
+            workers=see_workers(residency, self._others, self._offered, priced, now=now),
             traffic=expect_traffic(self._arrivals.per_s(), priced),
             pace_error={m: _SELDOM_BUSY_ERROR for m, found in measured.items() if found.job_s is None},
             spread={m: found.deviation_s / found.run_s for m, found in measured.items() if found.run_s},

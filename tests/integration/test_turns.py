@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common import keys
 from common.redis_client import RedisClient
+from common.schemas import Offer, OfferedModel, utc_now
 from worker.scheduling.redis_turns import RedisTurns
 
 
@@ -30,6 +31,18 @@ def test_each_worker_hears_what_the_others_that_are_alive_serve(redis_client: Re
     assert c.look([]) == {"a": ["red"]}
     a.goodbye()
     assert c.look([]) == {}
+
+
+def test_each_worker_hears_what_the_others_can_serve(redis_client: RedisClient) -> None:
+    """By their last offers."""
+    for name, models in {"a": ("red",), "b": ("red", "green")}.items():
+        offered = tuple(
+            OfferedModel(id=model, tier=1, complexity_up_to=1.0, max_model_len=100, capabilities=()) for model in models
+        )
+        offer = Offer(worker=name, models=offered, at=utc_now())
+        redis_client.hset(keys.FLEET, name, offer.model_dump_json())
+
+    assert RedisTurns(redis_client, "c").offered() == {"a": {"red"}, "b": {"red", "green"}}
 
 
 def test_a_claim_is_refused_after_another_turn_has_changed(redis_client: RedisClient) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from common import keys
-from common.fleet import read_alive
+from common.fleet import read_alive, read_offers
 from common.redis_client import RedisClient
 
 _CHANGES = "#"  # field of the hash that is no worker's
@@ -54,6 +54,10 @@ class RedisTurns:
     def claim(self, models: Iterable[str]) -> bool:
         """Say that this worker is about to serve *models*; False if another turn has changed since the last look."""
         return bool(self._set(keys=[keys.TURNS], args=[self._worker, _text(models), self._changes]))
+
+    def offered(self) -> Mapping[str, frozenset[str]]:
+        """The models that each worker can serve, by its last offer; those now away too."""
+        return {offer.worker: frozenset(model.id for model in offer.models) for offer in read_offers(self._redis)}
 
     def goodbye(self) -> None:
         """The worker leaves."""

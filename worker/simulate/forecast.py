@@ -166,7 +166,11 @@ def _play(snapshot: Snapshot, bundle: int, dice: random.Random) -> _Played:
 
 
 def jobs_of(lane: Lane, model: str, *, now: float, sizes: Sequence[float]) -> list[TracedJob]:
-    """Make the jobs of a lane up from its sums, evenly old; *sizes* are their shares of its tokens."""
+    """
+    Make the jobs of a lane up from its sums, evenly old; *sizes* are their shares of its tokens.
+
+    The earliest deadline is that of the first: of the others' it is not known whether there are any.
+    """
     oldest = now if lane.oldest_at is None else lane.oldest_at
     newest = oldest if lane.newest_at is None else lane.newest_at
     return [
@@ -177,6 +181,7 @@ def jobs_of(lane: Lane, model: str, *, now: float, sizes: Sequence[float]) -> li
             prompt_tokens=round((lane.prompt_tokens or 0) * size),
             output_tokens=round((lane.output_tokens or 0) * size),
             priority=lane.priority,
+            deadline_s=None if n else lane.deadline_at,
             max_wait_s=lane.max_wait_s,
         )
         for n, size in enumerate(sizes)

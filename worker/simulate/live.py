@@ -116,7 +116,7 @@ def plan_backlog(
     _check_known(waiting, measured)
     priced = _price(Backlog(by_model=waiting), measured)
     jobs = [
-        job._replace(arrival_s=job.arrival_s - now)
+        job._replace(arrival_s=job.arrival_s - now, deadline_s=job.deadline_s and job.deadline_s - now)
         for model, found in priced.backlog.by_model.items()
         for lane in found.by_class
         for job in jobs_of(lane, model, now=now, sizes=[1 / lane.count] * lane.count)

@@ -87,11 +87,17 @@ def expect_traffic(per_s: Mapping[str, float], priced: Priced) -> Mapping[str, T
 
 
 def see_workers(
-    residency: Residency, others: Sequence[Sequence[str]], priced: Priced, *, now: float
+    residency: Residency,
+    others: Mapping[str, Sequence[str]],
+    offered: Mapping[str, frozenset[str]],
+    priced: Priced,
+    *,
+    now: float,
 ) -> tuple[Start, ...]:
     """
-    Say how the workers are at *now* (Unix seconds): this one, and of each of the *others* the models it serves.
+    Say how the workers are at *now* (Unix seconds): this one, and the *others* with the models they serve.
 
+    Each of those takes turns of what it has *offered*; of one that has not, nobody knows, so of everything.
     Where models are ready side by side, each counts as a worker of its own.
     """
     ready = [r for r in residency.residents if r.level is Level.READY and r.model_id in priced.costs]
@@ -106,9 +112,12 @@ def see_workers(
         elif switching.to_model not in residency.beside:
             coming = replace(coming, ends_s=_ends(residency.residents, priced, now=now))
         here = [coming, *(here if switching.to_model in residency.beside else ())]
-    there = [Start(at_s=now, ready=model) for models in others for model in models if model in priced.costs]
-    idle = [Start(at_s=now)] * sum(not any(model in priced.costs for model in models) for models in others)
-    return (*(here or [Start(at_s=now)]), *there, *idle)
+    there = [
+        Start(at_s=now, ready=model, serves=offered.get(worker))
+        for worker, models in others.items()
+        for model in tuple(found for found in models if found in priced.costs) or (None,)
+    ]
+    return (*(here or [Start(at_s=now)]), *there)
 
 
 def _ends(residents: Sequence[Resident], priced: Priced, *, now: float) -> tuple[float, ...]:

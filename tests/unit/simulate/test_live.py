@@ -101,22 +101,23 @@ def test_a_switch_under_way_counts_and_is_waited_for() -> None:
     assert found.finish_s == pytest.approx({"a": 30})
 
 
-def test_a_lane_is_planned_under_its_own_bound() -> None:
+def test_a_bound_and_a_deadline_are_planned_for() -> None:
     """A hundred jobs of 1 s, and one of another model: it waits for all of them, or for as long as it may."""
 
-    def ends_s(bound_s: float | None) -> float:
+    def ends_s(**promise: float) -> float:
         lanes = {
             "a": Lane(count=100, oldest_at=NOW - 1, prompt_tokens=10_000, output_tokens=10_000),
-            "b": Lane(count=1, oldest_at=NOW, prompt_tokens=100, output_tokens=100, max_wait_s=bound_s),
+            "b": Lane(count=1, oldest_at=NOW, prompt_tokens=100, output_tokens=100, **promise),
         }
         waiting = {m: Waiting(count=lane.count, oldest_at=lane.oldest_at, lanes=(lane,)) for m, lane in lanes.items()}
-        backlog = Backlog(by_model=waiting)
-        return plan_backlog(backlog, AS_SAID, workers=(), offers={}, now=NOW, max_wait_s=600, min_turn_s=30).finish_s[
-            "b"
-        ]
+        found = plan_backlog(
+            Backlog(by_model=waiting), AS_SAID, workers=(), offers={}, now=NOW, max_wait_s=600, min_turn_s=30
+        )
+        return found.finish_s["b"]
 
-    assert ends_s(None) == pytest.approx(10 + 100 + 10 + 1)
-    assert ends_s(60.0) < 60 + 1 + 10 + 1
+    assert ends_s() == pytest.approx(10 + 100 + 10 + 1)
+    assert ends_s(max_wait_s=60.0) < 60 + 1 + 10 + 1
+    assert ends_s(deadline_at=NOW + 60) <= 60
 
 
 def test_an_empty_backlog_is_done() -> None:

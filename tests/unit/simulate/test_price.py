@@ -68,13 +68,17 @@ def test_what_nobody_has_measured_hides_what_comes_behind_it() -> None:
 
 
 def test_each_worker_is_seen_as_it_is() -> None:
-    """Its model with the jobs in flight; one that is idle; one with two models side by side."""
+    """Its model with the jobs in flight; those that are idle, by what they offer; one with two models side by side."""
     priced = price_backlog(waiting(a=1, b=1), {"a": TIMES, "b": TIMES}, READY_A)
-    here, *there = see_workers(READY_A, [["b"], [], ["a", "b"]], priced, now=NOW)
+    others = {"v": ["b"], "w": [], "x": ["a", "b"], "y": ["z"]}
+    offered = {"v": frozenset("b"), "w": frozenset("ab"), "y": frozenset("az"), "z": frozenset("b")}
+    here, *there = see_workers(READY_A, others, offered, priced, now=NOW)
     assert (here.ready, here.since_s, here.target) == ("a", NOW - 5, None)
     assert here.ends_s == pytest.approx((NOW + 0.2, NOW + 0.5, NOW + 1.5))  # three of 2 s; the first one is overdue
-    assert [start.ready for start in there] == ["b", "a", "b", None]
-    assert see_workers(NOTHING, [], priced, now=NOW) == (Start(at_s=NOW),)
+    assert [(start.ready, start.serves) for start in there] == [
+        ("b", {"b"}), (None, {"a", "b"}), ("a", None), ("b", None), (None, {"a", "z"}),
+    ]  # fmt: skip
+    assert see_workers(NOTHING, {}, {}, priced, now=NOW) == (Start(at_s=NOW),)
 
 
 SWITCH = Switching(to_model="b", epoch=1, since=NOW - 7)
@@ -103,7 +107,7 @@ def test_a_switch_under_way_is_waited_for(
     """While it waits for jobs nobody knows how long; then, as long as such switches take."""
     residency = replace(READY_A, switching=switching, beside=frozenset(beside))
     priced = price_backlog(waiting(a=1, b=1), {"a": TIMES, "b": TIMES}, residency)
-    found = see_workers(residency, [], priced, now=NOW)
+    found = see_workers(residency, {}, {}, priced, now=NOW)
     assert len(found) == 1 + len(beside)
     assert (found[0].target, found[0].target_at_s, len(found[0].ends_s)) == ("b", target_at, in_flight)
 
@@ -113,7 +117,7 @@ def test_a_switch_that_has_just_ended_is_waited_for_no_more(stage: SwitchStage) 
     """It stands on the board for a moment, while its end is told."""
     residency = replace(READY_A, switching=replace(LOADING, to_model="a", stage=stage))
     priced = price_backlog(waiting(a=1), {"a": TIMES}, residency)
-    [found] = see_workers(residency, [], priced, now=NOW)
+    [found] = see_workers(residency, {}, {}, priced, now=NOW)
     assert (found.ready, found.target) == ("a", None)
 
 
