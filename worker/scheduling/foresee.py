@@ -143,10 +143,11 @@ def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Fores
             work_s = group.work_s if group.work_s is not None else 0.0 if switched else math.inf
             last_at = at + work_s * (1 - 1 / group.count) if group.count > 1 else at
             over = max(at - group.due_at, last_at - group.last_due_at)
-            if over > 0:
+            # The promise is the bound, the jobs in flight, and one switch; a deadline allows none of these.
+            if over > (0.0 if load.ready or group.by_deadline else drain_s + load.switch_s):
                 late[group.job_class] = max(late[group.job_class], over / (group.bound_s or 1.0))
             elif not load.ready:
-                slack = min(slack, -over)
+                slack = min(slack, max(0.0, -over))
             at += work_s
     return Foreseen(tuple(late), slack)
 

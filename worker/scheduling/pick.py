@@ -65,7 +65,8 @@ def pick_turn(
     2. Is there room for a model with jobs beside     That one: whatever is ready stays so. Of several, the model of
        those that are loaded?                         the job that waits longest. Not while (4) is the matter.
     3. Has a model with jobs just become ready?       Keep it for *min_turn_s*, or until it has paid for its switches
-                                                      if that is sooner: an overload must not only switch.
+                                                      if that is sooner: an overload must not only switch. Not where
+                                                      that alone would break a short bound, and nobody falls behind.
     4. Would a job be late for its bound              The model that is due first, at the last moment. For a deadline
        (*max_wait_s*) or its deadline if we stay,     that makes others late, once the turn has paid for the switches.
        and not if we go?                              The most urgent class decides that is late in one case only.
@@ -120,14 +121,35 @@ def pick_turn(
         since = ready[load.model_id].since
         until = since + min(min_turn_s, 2 * load.switch_s / _SWITCHING if load.switch_s else math.inf)
         if now < until:
-            return _turn(load, f"its turn began {now - since:.0f} s ago", until=until)
+            leaves_at = _leaves_early(at_work, absent, ready, now, min_turn_s) if absent else math.inf
+            if now < leaves_at:
+                return _turn(load, f"its turn began {now - since:.0f} s ago", until=min(until, leaves_at))
 
     if not absent:
         why = f"{at_work[0].count} of its jobs wait and it is ready"
         return _turn(at_work[0], why, overload=_overload(foresee(at_work, now=now)))
     if not at_work:
         return _next_turn(absent, now)
-    return _stay_or_leave(at_work, absent, ready[at_work[0].model_id], now=now, max_wait_s=max_wait_s)
+    return _stay_or_leave(at_work, absent, ready, now=now, max_wait_s=max_wait_s)
+
+
+def _leaves_early(
+    at_work: Sequence[Load], absent: Sequence[Load], ready: Mapping[str, Resident], now: float, min_turn_s: float
+) -> float:
+    """When a turn that has just begun must be looked at for a bound too short for it; *now*: it may end."""
+    drain_s = _drain_s(at_work[0], ready)
+    due, go, stay = _foresee_both(at_work, absent, now, drain_s)
+    pressing = due.pressing
+    too_short = not pressing.by_deadline and pressing.bound_s <= min_turn_s + due.switch_s + (pressing.work_s or 0.0)
+    if not too_short or any(go.late) or _falls_behind(at_work, now):
+        return math.inf
+    return now if is_better(go, stay) else now + max(_LEEWAY_S, go.slack_s / 2)
+
+
+def _drain_s(current: Load, ready: Mapping[str, Resident]) -> float:
+    """Seconds until its jobs in flight have ended: the longest of many."""
+    in_flight = ready[current.model_id].in_flight
+    return current.one_s * (1 + math.log(in_flight)) if in_flight else 0.0
 
 
 def _next_turn(absent: Sequence[Load], now: float) -> Turn:
@@ -143,11 +165,11 @@ def _next_turn(absent: Sequence[Load], now: float) -> Turn:
 
 
 def _stay_or_leave(
-    at_work: Sequence[Load], absent: Sequence[Load], resident: Resident, *, now: float, max_wait_s: float
+    at_work: Sequence[Load], absent: Sequence[Load], ready: Mapping[str, Resident], *, now: float, max_wait_s: float
 ) -> Turn:
-    """Choose where a model that is ready has jobs, as *resident*."""
+    """Choose where a model that is *ready* has jobs."""
     current, urgent = at_work[0], absent[0]
-    drain_s = current.one_s * (1 + math.log(resident.in_flight)) if resident.in_flight else 0.0  # the longest of many
+    resident, drain_s = ready[current.model_id], _drain_s(current, ready)
     lasted_s = now - resident.since
     share = _SMALL if _falls_behind((*at_work, *absent), now) else _SWITCHING
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.traces import KINDS, MAX_WAIT_S, World, make_costs, make_job, make_starvation, make_world
 from worker.simulate.policies import PolicyName
-from worker.simulate.report import Report
+from worker.simulate.report import Report, find_violations
 from worker.simulate.trace import TracedJob
 
 SEEDS = range(24)
@@ -127,6 +128,47 @@ def test_the_bound_holds_where_the_load_is_feasible(drawn: list[tuple[str, float
     jobs = [make_job(n, model, at) for n, (model, at) in enumerate(sorted(drawn, key=lambda row: row[1]))]
     bound_s = len(jobs) * job_s + 3 * (wake_s + 10) + 3 * wake_s
     assert World(jobs=jobs, costs=costs).report(max_wait_s=bound_s).bound_violations == 0
+
+
+arrivals = st.lists(st.floats(0, 40, width=16), min_size=20, max_size=60)
+gaps = st.lists(st.floats(0, 30, width=16), min_size=1, max_size=4)
+
+
+@settings(max_examples=500, deadline=None)
+@given(arrivals, gaps, st.integers(1, 5), st.integers(2, 10), st.floats(0, 5))
+def test_a_short_bound_of_a_rare_job_holds(
+    of_a: list[float], between: list[float], job_s: int, switch_s: int, more_s: float
+) -> None:
+    """
+    Of two switches, one of which may just have begun, and its own jobs: shorter than a turn may be, and kept.
+
+    The other model has at most 300 s of work under a bound of 600 s, in any pattern.
+    """
+    costs = {model: make_costs(load_s=switch_s, wake_s=switch_s, job_s=job_s) for model in "ab"}
+    own_s = 2 * switch_s + (1 + len(between)) * job_s + more_s
+    jobs = [make_job(0, "a", at) for at in of_a]
+    jobs += [make_job(1, "b", at, max_wait_s=own_s) for at in accumulate(between)]
+    run = World(jobs=sorted(jobs, key=lambda job: job.arrival_s), costs=costs).run()
+    a_bit_more = {model: make_costs(load_s=switch_s + 0.001, wake_s=switch_s + 0.001) for model in "ab"}  # for rounding
+    assert find_violations(run, a_bit_more, max_wait_s=MAX_WAIT_S) == []
+
+
+@pytest.mark.parametrize("places", [1, 8])
+@pytest.mark.parametrize("switch_s", [2, 5, 10, 20])
+def test_a_short_bound_holds_beside_steady_traffic(switch_s: int, places: int) -> None:
+    """
+    One model at a load of 0.6, and jobs of another one that may wait for two switches and a bit.
+
+    They come in pairs: the second one when the worker has just gone back.
+    """
+    costs = {model: make_costs(load_s=switch_s, wake_s=switch_s, at_once=places) for model in "ab"}
+    for seed in range(5):
+        dice = random.Random(seed)
+        jobs = [make_job(0, "a", at) for at in accumulate(dice.expovariate(0.6 * places) for _ in range(1800 * places))]
+        for at in accumulate(dice.uniform(200, 300) for _ in range(10)):
+            jobs += [make_job(1, "b", at + after, max_wait_s=2.0 * switch_s + 4) for after in (0, switch_s + 3)]
+        world = World(jobs=sorted(jobs, key=lambda job: job.arrival_s), costs=costs)
+        assert world.report().bound_violations == 0
 
 
 def busy_with(other: TracedJob, *, busy_priority: int = 3) -> World:
