@@ -135,6 +135,7 @@ def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Fores
     late = [0.0] * len(PRIORITY_STEPS)
     slack = math.inf
     at, switched = now, False
+    in_flight_s = 0.0 if order and order[0].ready else drain_s  # else they are a part of its work
     for load in order:
         if not load.ready or switched:
             at += load.switch_s + (0.0 if switched else drain_s)
@@ -144,7 +145,7 @@ def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Fores
             last_at = at + work_s * (1 - 1 / group.count) if group.count > 1 else at
             over = max(at - group.due_at, last_at - group.last_due_at)
             # The promise is the bound, the jobs in flight, and one switch; a deadline allows none of these.
-            if over > (0.0 if load.ready or group.by_deadline else drain_s + load.switch_s):
+            if over > (0.0 if load.ready or group.by_deadline else in_flight_s + load.switch_s):
                 late[group.job_class] = max(late[group.job_class], over / (group.bound_s or 1.0))
             elif not load.ready:
                 slack = min(slack, max(0.0, -over))
