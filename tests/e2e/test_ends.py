@@ -19,7 +19,7 @@ from common.schemas import JobState, Outcome
 from tests.e2e.conftest import Box
 from tests.waiting import eventually
 
-RUN_S = 20.0  # of each job: longer than any test waits for one that it ends
+RUN_S = 12.0  # of each job, and the canary: longer than any test waits for one that it ends
 PLACES = 2
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from common.schemas import SwitchRecord
+from tests.engine_kits import vllm_host
 from tests.factories import make_placement, make_spec
-from tests.vllm_here import vllm_python
 from worker.catalog.local import read_facts
-from worker.catalog.spec import EngineKind, ModelSpec
+from worker.catalog.spec import EngineKind
 from worker.demo.tiny_hf import make_tiny_hf
-from worker.engines.vllm_server import VllmServerEngine
 from worker.hardware.stub import NoGpuReader
 from worker.memory.measured import Measured
 from worker.residency.board import ResidencyBoard
@@ -46,7 +45,7 @@ def test_vllm_refuses_a_pool_too_small_for_its_length_and_the_shorter_plan_loads
     )
     placement = make_placement("tiny", spec=spec, max_model_len=LENGTH, max_num_seqs=4, kv_cache_bytes=POOL)
     placement = replace(placement, memory=replace(placement.memory, kv_cache=POOL))
-    engine = VllmServerEngine(run_dir=run_dir, files_of=path_of, python=vllm_python())
+    engine = vllm_host(run_dir)
     measured: list[tuple[Placement, Measured]] = []
     records: list[SwitchRecord] = []
     board = ResidencyBoard(capacity=64 * 2**30, max_residents=1)
@@ -77,8 +76,3 @@ def test_vllm_refuses_a_pool_too_small_for_its_length_and_the_shorter_plan_loads
     assert took.kv_tokens == 8192 + 128
     assert took.total is not None
     assert records == [record]
-
-
-def path_of(spec: ModelSpec) -> Path:
-    assert spec.path is not None
-    return spec.path
