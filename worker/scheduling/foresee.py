@@ -15,6 +15,10 @@ from worker.state.pace import Pace
 
 Lateness = tuple[float, ...]  # by job class, most urgent first: how much over the bound its worst job is, in bounds
 
+# The promise is the bound, the jobs in flight and one switch. Where these are more than this share of the bound, only
+# what breaks the promise is late: else no switch would be in time. A longer bound is kept by itself.
+_TIGHT = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -144,8 +148,8 @@ def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Fores
             work_s = group.work_s if group.work_s is not None else 0.0 if switched else math.inf
             last_at = at + work_s * (1 - 1 / group.count) if group.count > 1 else at
             over = max(at - group.due_at, last_at - group.last_due_at)
-            # The promise is the bound, the jobs in flight, and one switch; a deadline allows none of these.
-            if over > (0.0 if load.ready or group.by_deadline else in_flight_s + load.switch_s):
+            allowed_s = 0.0 if load.ready or group.by_deadline else in_flight_s + load.switch_s
+            if over > (allowed_s if allowed_s > _TIGHT * group.bound_s else 0.0):
                 late[group.job_class] = max(late[group.job_class], over / (group.bound_s or 1.0))
             elif not load.ready:
                 slack = min(slack, max(0.0, -over))

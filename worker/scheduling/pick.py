@@ -120,10 +120,8 @@ def pick_turn(
     for load in at_work:
         since = ready[load.model_id].since
         until = since + min(min_turn_s, 2 * load.switch_s / _SWITCHING if load.switch_s else math.inf)
-        if now < until:
-            leaves_at = _leaves_early(at_work, absent, ready, now, min_turn_s) if absent else math.inf
-            if now < leaves_at:
-                return _turn(load, f"its turn began {now - since:.0f} s ago", until=min(until, leaves_at))
+        if now < until and (kept := _keep(load, at_work, absent, ready, now=now, until=until, min_turn_s=min_turn_s)):
+            return kept
 
     if not absent:
         why = f"{at_work[0].count} of its jobs wait and it is ready"
@@ -133,17 +131,28 @@ def pick_turn(
     return _stay_or_leave(at_work, absent, ready, now=now, max_wait_s=max_wait_s)
 
 
-def _leaves_early(
-    at_work: Sequence[Load], absent: Sequence[Load], ready: Mapping[str, Resident], now: float, min_turn_s: float
-) -> float:
-    """When a turn that has just begun must be looked at for a bound too short for it; *now*: it may end."""
-    drain_s = _drain_s(at_work[0], ready)
-    due, go, stay = _foresee_both(at_work, absent, now, drain_s)
+def _keep(
+    begun: Load,
+    at_work: Sequence[Load],
+    absent: Sequence[Load],
+    ready: Mapping[str, Resident],
+    *,
+    now: float,
+    until: float,
+    min_turn_s: float,
+) -> Turn | None:
+    """Keep a turn that has just begun; None: it may end for a bound too short for such a turn."""
+    why = f"its turn began {now - ready[begun.model_id].since:.0f} s ago"
+    if not absent:
+        return _turn(begun, why, until=until, overload=_overload(foresee(at_work, now=now)))
+    due, go, stay = _foresee_both(at_work, absent, now, _drain_s(at_work[0], ready))
     pressing = due.pressing
     too_short = not pressing.by_deadline and pressing.bound_s <= min_turn_s + due.switch_s + (pressing.work_s or 0.0)
-    if not too_short or any(go.late) or _falls_behind(at_work, now):
-        return math.inf
-    return now if is_better(go, stay) else now + max(_LEEWAY_S, go.slack_s / 2)
+    if too_short and not any(go.late) and not _falls_behind(at_work, now):
+        if is_better(go, stay):
+            return None
+        until = min(until, now + max(_LEEWAY_S, go.slack_s / 2))
+    return _turn(begun, why, until=until, overload=_overload(go, stay))
 
 
 def _drain_s(current: Load, ready: Mapping[str, Resident]) -> float:
