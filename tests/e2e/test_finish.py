@@ -69,11 +69,11 @@ def test_four_of_five_jobs_end_in_the_range_that_was_told(box: Box) -> None:
     assert mean(holds) >= 0.75, "\n".join(_shown(told, ended))
     wide = [(found.high_s - found.low_s) / found.high_s for _, found in told.values()]
     assert median(wide) <= 0.25, "\n".join(_shown(told, ended))  # of the time to its later end
-    models = {found.model for _, found in told.values()}
-    assert len(models) >= 2  # the jobs of the first may have ended before they were asked about
-    switches = {found.switches for _, found in told.values()}
+    known = {found.model for _, found in told.values()}
+    assert len(known) >= 2  # the jobs of the first may have ended before they were asked about
+    switches = {found.switches for _, found in told.values() if found.switches is not None}
     assert switches <= {0, 1, 2, 3}
-    assert max(switches) - min(switches) >= len(models) - 1  # each model's jobs wait for one switch more
+    assert max(switches) - min(switches) >= len(known) - 1  # each model's jobs wait for one switch more
     assert before is not None
     assert before.high_s > 1.5
     assert asyncio.run(box.client.aestimate(jobs[0])) is None  # it has ended
