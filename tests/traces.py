@@ -123,3 +123,35 @@ def make_starvation(seed: int, *, load: float = 1.0, minutes: int = 90) -> World
         jobs.append(make_job(len(jobs), "busy", at))
     jobs += [make_job(len(jobs) + n, "rare", dice.uniform(60, 0.28 * lasts_s)) for n in range(6)]
     return World(jobs=sorted(jobs, key=lambda job: job.arrival_s), costs=costs)
+
+
+def make_mixed(seed: int, *, count: int = 15_000) -> World:
+    """
+    5 models at loads of 0.7-0.9, with loads of 10-60 s, wakes of 1-10 s, jobs of 0.3-3 s, 1-16 at once.
+
+    Each job is of one of three classes and twenty tenants; three of ten have a deadline in 1-20 minutes.
+    """
+    dice = random.Random(f"mixed {seed}")
+    at_once = dice.choice((1, 4, 8, 16))
+    job_s = {f"m{n}": dice.uniform(0.3, 3) for n in range(5)}
+    costs = {
+        model: make_costs(
+            load_s=dice.uniform(10, 60), wake_s=dice.uniform(1, 10), job_s=takes_s, at_once=at_once,
+            read_share=0.1 / at_once,
+        )
+        for model, takes_s in job_s.items()
+    }  # fmt: skip
+    weights = [dice.expovariate(1) + 0.02 for _ in job_s]
+    work_s = sum(weight * takes_s / at_once for weight, takes_s in zip(weights, job_s.values(), strict=True))
+    rate = dice.uniform(0.7, 0.9) * sum(weights) / work_s
+    jobs: list[TracedJob] = []
+    at = 0.0
+    for number in range(count):
+        at += dice.expovariate(rate)
+        (model,) = dice.choices([*job_s], weights)
+        changes = {
+            "priority": dice.choice((0, 3, 9)), "tenant": f"t{dice.randrange(20)}",
+            "deadline_s": at + dice.uniform(60, 1200) if dice.random() < 0.3 else None,
+        }  # fmt: skip
+        jobs.append(make_job(number, model, at, size=1 + 0.7 * (dice.expovariate(1) - 1), **changes))
+    return World(jobs=jobs, costs=costs)

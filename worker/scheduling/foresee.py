@@ -28,10 +28,10 @@ class Group:
     count: int
     work_s: float | None  # of the engine; None = unknown
     oldest_at: float  # Unix seconds; now where nobody knows
-    due_at: float  # Unix seconds when its most pressing job should start: its bound or its deadline, the earlier
-    last_due_at: float  # likewise of its last one
-    bound_s: float
-    by_deadline: bool  # due_at is that of a deadline
+    due_at: float  # Unix seconds when the bound of one of its jobs is over, the first ...
+    last_due_at: float  # ... and the last
+    bound_s: float  # of the first
+    start_by: float  # Unix seconds when one of them must start to meet its deadline; inf = none has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ class Load:
     switch_s: float  # to make it ready, or ready again; 0 where nobody knows
     groups: tuple[Group, ...]  # the most urgent class first
     one_s: float  # seconds that a usual job of it takes; 0 where nobody knows
+    due_at: float  # Unix seconds when the first bound of its jobs is over
+    start_by: float  # Unix seconds when one of them must start to meet its deadline; inf = none has one
 
     @property
     def job_class(self) -> int:
@@ -53,13 +55,8 @@ class Load:
 
     @property
     def pressing(self) -> Group:
-        """The class whose job should start first."""
-        return min(self.groups, key=_due_at)
-
-    @property
-    def due_at(self) -> float:
-        """When its most pressing job should start, Unix seconds."""
-        return min(group.due_at for group in self.groups)
+        """The class whose bound is over first."""
+        return min(self.groups, key=lambda group: group.due_at)
 
     @property
     def work_s(self) -> float | None:
@@ -88,30 +85,28 @@ def weigh(
     for lane in waiting.by_class:
         lanes.setdefault(class_of(lane.priority), []).append(lane)
     groups = []
-    longest_s = 0.0
+    longest_s, first_due_at, first_start_by = 0.0, math.inf, math.inf
     for job_class in sorted(lanes):
         together = lanes[job_class]
         whole = together[0] if len(together) == 1 else _join(together)
         work_s, one_s = (pace.work_s(whole), pace.one_s(whole) or 0.0) if pace else (None, 0.0)
         longest_s = max(longest_s, one_s)
-        oldest_at, due_at, bound, last_due_at, by_deadline = math.inf, math.inf, bound_s, -math.inf, False
+        oldest_at, due_at, bound, last_due_at, start_by = math.inf, math.inf, bound_s, -math.inf, math.inf
         for lane in together:
             its_bound = lane.max_wait_s or bound_s
             came_at = now if lane.oldest_at is None else lane.oldest_at
             oldest_at, its_due_at = min(oldest_at, came_at), came_at + its_bound
-            ends_at = math.inf if lane.deadline_at is None or lane.deadline_at <= now else lane.deadline_at
-            binds = ends_at - one_s < its_due_at
-            its_due_at = min(its_due_at, ends_at - one_s)
             if its_due_at < due_at:
-                due_at, bound, by_deadline = its_due_at, its_bound, binds
+                due_at, bound = its_due_at, its_bound
+            if lane.deadline_at is not None and lane.deadline_at > now:
+                start_by = min(start_by, lane.deadline_at - one_s)
             last_due_at = max(last_due_at, math.inf if lane.newest_at is None else lane.newest_at + its_bound)
-        groups.append(Group(job_class, whole.count, work_s, oldest_at, due_at, last_due_at, bound, by_deadline))
+        first_due_at, first_start_by = min(first_due_at, due_at), min(first_start_by, start_by)
+        groups.append(Group(job_class, whole.count, work_s, oldest_at, due_at, last_due_at, bound, start_by))
     first_at = now if waiting.oldest_at is None else waiting.oldest_at
-    return Load(model_id, waiting.count, first_at, ready, switch_s, tuple(groups), longest_s)
-
-
-def _due_at(group: Group) -> float:
-    return group.due_at
+    return Load(
+        model_id, waiting.count, first_at, ready, switch_s, tuple(groups), longest_s, first_due_at, first_start_by
+    )
 
 
 def _join(lanes: Sequence[Lane]) -> Lane:
@@ -129,32 +124,73 @@ def class_of(priority: int) -> int:
     return bisect_right(PRIORITY_STEPS, priority) - 1
 
 
-def foresee(order: Sequence[Load], *, now: float, drain_s: float = 0.0) -> Foreseen:
+def foresee(
+    order: Sequence[Load], *, now: float, drain_s: float = 0.0, least_s: float = 0.0, deadlines: bool = False
+) -> Foreseen:
     """
     Play *order* from *now* (Unix seconds): every model is served to the end of its queue, its urgent classes first.
 
-    Before the first switch, the jobs in flight end: *drain_s*. If nobody knows the pace of a ready model, its turn
-    has no end as long as it goes on; the work of others that is unknown counts nothing.
+    Who is late is late for its bound, or with *deadlines* for its deadline. Before the first switch, the jobs in
+    flight end: *drain_s*; after it, the turn takes *least_s* at least. If nobody knows the pace of a ready model, its
+    turn has no end as long as it goes on; the work of others that is unknown counts nothing.
     """
     late = [0.0] * len(PRIORITY_STEPS)
     slack = math.inf
     at, switched = now, False
     in_flight_s = 0.0 if order and order[0].ready else drain_s  # else they are a part of its work
     for load in order:
+        leave_at = -math.inf
         if not load.ready or switched:
             at += load.switch_s + (0.0 if switched else drain_s)
+            leave_at = -math.inf if switched else at + least_s
             switched = True
+        turn_at = at
         for group in load.groups:
             work_s = group.work_s if group.work_s is not None else 0.0 if switched else math.inf
-            last_at = at + work_s * (1 - 1 / group.count) if group.count > 1 else at
-            over = max(at - group.due_at, last_at - group.last_due_at)
-            allowed_s = 0.0 if load.ready or group.by_deadline else in_flight_s + load.switch_s
+            if deadlines:  # who has one that binds comes before the other classes
+                over, allowed_s = turn_at - group.start_by, 0.0
+            else:  # so does who is over the bound
+                last_at = at + work_s * (1 - 1 / group.count) if group.count > 1 else at
+                over = max(turn_at - group.due_at, last_at - group.last_due_at)
+                allowed_s = 0.0 if load.ready else in_flight_s + load.switch_s
             if over > (allowed_s if allowed_s > _TIGHT * group.bound_s else 0.0):
                 late[group.job_class] = max(late[group.job_class], over / (group.bound_s or 1.0))
             elif not load.ready:
                 slack = min(slack, max(0.0, -over))
             at += work_s
+        at = max(at, leave_at)
     return Foreseen(tuple(late), slack)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """The orders of turns that are open at *now* (Unix seconds), and what they would do."""
+
+    at_work: Sequence[Load]  # those of ready models
+    absent: Sequence[Load]  # the others, in the order in which they would follow
+    now: float
+    drain_s: float  # until the jobs in flight have ended
+
+    def stay(self, *, deadlines: bool = False) -> Foreseen:
+        """Let the turn go on to its end."""
+        return foresee([*self.at_work, *self.absent], now=self.now, drain_s=self.drain_s, deadlines=deadlines)
+
+    def go(self, first: Load, *, least_s: float = 0.0, deadlines: bool = False) -> Foreseen:
+        """Go to *first* now, for *least_s* at least; then all follow as they are due, or what is ready comes last."""
+        others = sorted((load for load in self.absent if load is not first), key=by_due)
+        orders = [first, *sorted([*self.at_work, *others], key=by_due)], [first, *others, *self.at_work]
+        return min(
+            (
+                foresee(order, now=self.now, drain_s=self.drain_s, least_s=least_s, deadlines=deadlines)
+                for order in orders
+            ),
+            key=lambda foreseen: foreseen.late,
+        )
+
+
+def by_due(load: Load) -> tuple[float, str]:
+    """Who is due first for its bound; ties go by name."""
+    return load.due_at, load.model_id
 
 
 LITTLE = 0.05  # of the bound: who is late by no more is on time; the promise allows the jobs in flight and a switch
@@ -171,3 +207,14 @@ def is_better(other: Foreseen, than: Foreseen) -> bool:
         if mine != its and min(mine, its) <= max(LITTLE, _MUCH * max(mine, its)):
             return mine < its
     return False
+
+
+def harms(other: Foreseen, otherwise: Foreseen, job_class: int) -> bool:
+    """
+    Does the order behind *other* make jobs later for the sake of *job_class*, who would be on time *otherwise*?
+
+    Or later than they would be, if they are as urgent or more so. The bound of those that are less urgent and late
+    either way gives way.
+    """
+    pairs = enumerate(zip(other.late, otherwise.late, strict=True))
+    return any(late > its and (its <= LITTLE or one <= job_class) for one, (late, its) in pairs)

@@ -9,7 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.keys import PRIORITY_STEPS
-from worker.scheduling.foresee import LITTLE, Foreseen, Load, foresee, is_better, weigh
+from worker.scheduling.foresee import (
+    LITTLE,
+    Foreseen,
+    Lateness,
+    Load,
+    Outlook,
+    by_due,
+    foresee,
+    harms,
+    is_better,
+    weigh,
+)
 from worker.state.backlog import Backlog
 from worker.state.pace import Pace
 from worker.state.residency import Level, Residency, Resident
@@ -67,14 +78,17 @@ def pick_turn(
     3. Has a model with jobs just become ready?       Keep it for *min_turn_s*, or until it has paid for its switches
                                                       if that is sooner: an overload must not only switch. Not where
                                                       that alone would break a short bound, and nobody falls behind.
-    4. Would a job be late for its bound              The model that is due first, at the last moment. For a deadline
-       (*max_wait_s*) or its deadline if we stay,     that makes others late, once the turn has paid for the switches.
-       and not if we go?                              The most urgent class decides that is late in one case only.
-    5. Does a more urgent class wait elsewhere?       That model, once the turn has paid for the switches.
-    6. Are there jobs for a model that is ready?      Keep it, unless a short detour gains many times its price, or
+    4. Would a job be late for its bound              The model that is due first, at the last moment. The most urgent
+       (*max_wait_s*) if we stay, and not if we go?   class decides that is late in one case only.
+    5. Likewise for a deadline?                       That model, if no bound is broken for it; where jobs are late
+                                                      anyway, once the turn has paid for the switches.
+    6. Does a more urgent class wait elsewhere?       That model, once the turn has paid for the switches, if no bound
+                                                      is broken for it.
+    7. Are there jobs for a model that is ready?      Keep it, unless a short detour gains many times its price, or
                                                       steady traffic has kept a rare model away for long.
-    7. Otherwise                                      The model of the most urgent class; of several, that of the job
-                                                      that waits longest. In a fleet, first one that nobody serves.
+    8. Otherwise                                      The model of the most urgent class, if no bound is broken for
+                                                      it; of several, that of the job that waits longest. In a
+                                                      fleet, first one that nobody serves.
 
     A model in quarantine gets no turn. In a fleet, a model that others serve is this worker's only if it is ready
     here, or if a share of its jobs pays for the switch. A job whose age is unknown counts as new; ties go by name.
@@ -127,8 +141,8 @@ def pick_turn(
         why = f"{at_work[0].count} of its jobs wait and it is ready"
         return _turn(at_work[0], why, overload=_overload(foresee(at_work, now=now)))
     if not at_work:
-        return _next_turn(absent, now)
-    return _stay_or_leave(at_work, absent, ready, now=now, max_wait_s=max_wait_s)
+        return _next_turn(absent, now=now, min_turn_s=min_turn_s)
+    return _stay_or_leave(at_work, absent, ready, now=now, max_wait_s=max_wait_s, min_turn_s=min_turn_s)
 
 
 def _keep(
@@ -145,9 +159,11 @@ def _keep(
     why = f"its turn began {now - ready[begun.model_id].since:.0f} s ago"
     if not absent:
         return _turn(begun, why, until=until, overload=_overload(foresee(at_work, now=now)))
-    due, go, stay = _foresee_both(at_work, absent, now, _drain_s(at_work[0], ready))
+    outlook = Outlook(at_work=at_work, absent=absent, now=now, drain_s=_drain_s(at_work[0], ready))
+    due = min(absent, key=by_due)
+    go, stay = outlook.go(due), outlook.stay()
     pressing = due.pressing
-    too_short = not pressing.by_deadline and pressing.bound_s <= min_turn_s + due.switch_s + (pressing.work_s or 0.0)
+    too_short = pressing.bound_s <= min_turn_s + due.switch_s + (pressing.work_s or 0.0)
     if too_short and not any(go.late) and not _falls_behind(at_work, now):
         if is_better(go, stay):
             return None
@@ -161,55 +177,106 @@ def _drain_s(current: Load, ready: Mapping[str, Resident]) -> float:
     return current.one_s * (1 + math.log(in_flight)) if in_flight else 0.0
 
 
-def _next_turn(absent: Sequence[Load], now: float) -> Turn:
+def _next_turn(absent: Sequence[Load], *, now: float, min_turn_s: float) -> Turn:
     """Choose where no model that is ready has jobs."""
-    # (4) The bound and the deadlines.
-    due, go, stay = _foresee_both((), absent, now, 0.0)
+    outlook = Outlook(at_work=(), absent=absent, now=now, drain_s=0.0)
+
+    # (4) The bound.
+    due = min(absent, key=by_due)
+    go, stay = outlook.go(due), outlook.go(absent[0], least_s=min_turn_s)
     if due is not absent[0] and is_better(go, stay):
         return _due_turn(due, go, now)
+    overload = _overload(go, stay)
 
-    # (7) The class, then the wait.
-    why = f"{absent[0].count} of its jobs wait, none for what is ready"
-    return _turn(absent[0], why, overload=_overload(go, stay))
+    # (5) The deadlines.
+    binding, meets = _find_deadline(outlook, min(go, stay, key=_late), min_turn_s)
+    if meets is not None and binding is not absent[0]:
+        return _deadline_turn(binding, now, overload)
+
+    # (8) The class, then the wait.
+    return _turn(absent[0], f"{absent[0].count} of its jobs wait, none for what is ready", overload=overload)
 
 
 def _stay_or_leave(
-    at_work: Sequence[Load], absent: Sequence[Load], ready: Mapping[str, Resident], *, now: float, max_wait_s: float
+    at_work: Sequence[Load],
+    absent: Sequence[Load],
+    ready: Mapping[str, Resident],
+    *,
+    now: float,
+    max_wait_s: float,
+    min_turn_s: float,
 ) -> Turn:
     """Choose where a model that is *ready* has jobs."""
     current, urgent = at_work[0], absent[0]
     resident, drain_s = ready[current.model_id], _drain_s(current, ready)
     lasted_s = now - resident.since
     share = _SMALL if _falls_behind((*at_work, *absent), now) else _SWITCHING
+    outlook = Outlook(at_work=at_work, absent=absent, now=now, drain_s=drain_s)
 
     def paid_at(other: Load) -> float:
         return resident.since + (drain_s + current.switch_s + other.switch_s) / share
 
-    # (4) The bound and the deadlines.
-    due, go, stay = _foresee_both(at_work, absent, now, drain_s)
-    presses = is_better(go, stay)
-    if presses and any(go.late) and due.pressing.by_deadline:
-        presses = now >= paid_at(due)
-    if presses and (go.slack_s <= _LEEWAY_S or due.due_at <= now + drain_s + due.switch_s):
+    # (4) The bound.
+    due = min(absent, key=by_due)
+    go, stay = outlook.go(due), outlook.stay()
+    if is_better(go, stay) and (go.slack_s <= _LEEWAY_S or due.due_at <= now + drain_s + due.switch_s):
         return _due_turn(due, go, now)
-    until = now + max(_LEEWAY_S, min(go.slack_s, max_wait_s) / 2)
+    best, overload, slack_s = min(go, stay, key=_late), _overload(go, stay), go.slack_s
 
-    # (5) A more urgent class.
+    # (5) The deadlines.
+    binding, meets = _find_deadline(outlook, best, min_turn_s)
+    if meets is not None:
+        is_time = meets.slack_s <= _LEEWAY_S or binding.start_by <= now + drain_s + binding.switch_s
+        if is_time and (now >= paid_at(binding) or not any((*meets.late, *best.late))):
+            return _deadline_turn(binding, now, overload)
+        slack_s = min(slack_s, meets.slack_s)
+    until = now + max(_LEEWAY_S, min(slack_s, max_wait_s) / 2)
+
+    # (6) A more urgent class.
     if urgent.job_class < current.job_class:
-        if now >= paid_at(urgent):
+        if now < paid_at(urgent):
+            until = min(until, paid_at(urgent))
+        elif not harms(outlook.go(urgent, least_s=min_turn_s), best, urgent.job_class):
             return _turn(urgent, f"{urgent.count} of its jobs wait, some more urgent than any of {current.model_id}")
-        until = min(until, paid_at(urgent))
 
-    # (6) Collate.
+    # (7) Collate.
+    detour = _find_detour(current, absent, now=now, drain_s=drain_s, lasted_s=lasted_s)
+    if detour is not None and not harms(outlook.go(detour[0]), best, detour[0].job_class):
+        return _turn(*detour)
+    return _turn(current, f"{current.count} of its jobs wait and it is ready", until=until, overload=overload)
+
+
+def _find_detour(
+    current: Load, absent: Sequence[Load], *, now: float, drain_s: float, lasted_s: float
+) -> tuple[Load, str] | None:
+    """Find jobs of another model that a switch there and back is worth, and why."""
     for other in absent:
         if _pays(other, current, lasted_s):
-            return _turn(other, f"{other.count} short jobs wait: serving them first costs {current.model_id} little")
+            return other, f"{other.count} short jobs wait: serving them first costs {current.model_id} little"
         if _is_kept_away(other, current, drain_s, lasted_s, now):
-            return _turn(
-                other, f"a job has waited {now - other.oldest_at:.0f} s, all of {current.model_id} came long after"
-            )
-    why = f"{current.count} of its jobs wait and it is ready"
-    return _turn(current, why, until=until, overload=_overload(go, stay))
+            return other, f"a job has waited {now - other.oldest_at:.0f} s, all of {current.model_id} came long after"
+    return None
+
+
+def _find_deadline(outlook: Outlook, best: Foreseen, min_turn_s: float) -> tuple[Load, Foreseen | None]:
+    """
+    Find the absent model whose deadline binds first, and what going there now would do to all deadlines.
+
+    None: no more of them are met than by staying; or a bound is broken that the *best* order for the bounds keeps. A
+    turn that has begun lasts *min_turn_s*, so the others wait for as long.
+    """
+    first = min(outlook.absent, key=lambda load: (load.start_by, load.model_id))
+    if first.start_by == math.inf:
+        return first, None
+    meets = outlook.go(first, deadlines=True)
+    if not is_better(meets, outlook.stay(deadlines=True)):
+        return first, None
+    job_class = min(first.groups, key=lambda group: group.start_by).job_class
+    return first, None if harms(outlook.go(first, least_s=min_turn_s), best, job_class) else meets
+
+
+def _late(foreseen: Foreseen) -> Lateness:
+    return foreseen.late
 
 
 def _falls_behind(loads: Sequence[Load], now: float) -> bool:
@@ -217,21 +284,6 @@ def _falls_behind(loads: Sequence[Load], now: float) -> bool:
     batch = len(PRIORITY_STEPS) - 1
     groups = (group for load in loads for group in load.groups if group.job_class < batch)
     return any(now - group.oldest_at > _PATIENCE * group.bound_s for group in groups)
-
-
-def _foresee_both(
-    at_work: Sequence[Load], absent: Sequence[Load], now: float, drain_s: float
-) -> tuple[Load, Foreseen, Foreseen]:
-    """Find the absent model that is due first, what going to it now would do, and what staying would."""
-    due, *others = sorted(absent, key=_by_due)
-    in_turn = [due, *sorted([*at_work, *others], key=_by_due)]
-    on_one_way = [due, *others, *at_work]  # all that are absent before the way back
-    go = min((foresee(order, now=now, drain_s=drain_s) for order in (in_turn, on_one_way)), key=lambda one: one.late)
-    return due, go, foresee([*at_work, *absent], now=now, drain_s=drain_s)
-
-
-def _by_due(load: Load) -> tuple[float, str]:
-    return load.due_at, load.model_id
 
 
 def _turn(load: Load, reason: str, *, until: float | None = None, overload: str | None = None) -> Turn:
@@ -280,13 +332,14 @@ def _is_kept_away(other: Load, current: Load, drain_s: float, lasted_s: float, n
 
 
 def _due_turn(due: Load, go: Foreseen, now: float) -> Turn:
-    pressing = due.pressing
-    if pressing.by_deadline:
-        why = f"a job should start within {max(0.0, pressing.due_at - now):.0f} s"
-    else:
-        waited_s = now - (pressing.due_at - pressing.bound_s)
-        why = f"a job has waited {waited_s:.0f} s, the bound is {pressing.bound_s:.0f} s"
+    waited_s = now - (due.pressing.due_at - due.pressing.bound_s)
+    why = f"a job has waited {waited_s:.0f} s, the bound is {due.pressing.bound_s:.0f} s"
     return _turn(due, why, overload=_overload(go))
+
+
+def _deadline_turn(binding: Load, now: float, overload: str | None) -> Turn:
+    why = f"a job should start within {max(0.0, binding.start_by - now):.0f} s to meet its deadline"
+    return _turn(binding, why, overload=overload)
 
 
 def _overload(*orders: Foreseen) -> str | None:

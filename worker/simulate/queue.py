@@ -148,7 +148,7 @@ class Queue:
         """Take the job that is served next: of its level and class the longest, if it takes *long_s* or more."""
         if not self._by_arrival:
             self._promote(now)
-        level = next(level for level in (self._binding, self._overdue, self._usual) if self._clean(level))
+        level = next(level for level in (self._binding, self._overdue, self._usual) if self._clean(level, now))
         if long_s is None or level is self._binding or (number := self._overtaker(level, long_s)) is None:
             _, tag, number = heappop(level)
         else:
@@ -198,9 +198,9 @@ class Queue:
         while self._will_bind and self._will_bind[0][0] <= now:
             heappush(self._binding, heappop(self._will_bind)[1])
 
-    def _clean(self, level: list[_Place]) -> bool:
+    def _clean(self, level: list[_Place], now: float) -> bool:
         """Drop those at the head that run; True if somebody is left."""
-        while level and not self._waits[level[0][2]]:
+        while level and (not self._waits[level[0][2]] or (level is self._binding and level[0][1] <= now)):
             heappop(level)
         return bool(level)
 

@@ -5,7 +5,7 @@ Whose turn it is where paces, switches, classes, bounds and deadlines are known:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from worker.scheduling.pick import Knowledge, Turn, pick_turn
@@ -110,6 +110,16 @@ def test_what_is_ready_is_left_for_a_promise_or_for_a_more_urgent_class_only() -
         if world.ready_for_s is not None and pick(world).model_id == "b":
             detour = world.b.count == 1 and (world.a.count > 1 or world.b.age_s > MAX_WAIT_S / 4)
             assert world.presses or world.b.priority < world.a.priority or detour, world
+
+
+def test_a_bound_is_broken_neither_for_a_class_nor_for_a_deadline() -> None:
+    """The one job of a is due in five seconds; b may be as urgent as it likes, its own bound is far away."""
+    found = 0
+    for world in WORLDS:
+        if world.ready_for_s == 500.0 and world.a == replace(world.a, count=1, age_s=15.0, bound_s=20.0):
+            found += world.b.bound_s is None
+            assert world.b.bound_s is not None or pick(world).model_id == "a", world
+    assert found > 50
 
 
 def test_a_turn_just_begun_is_left_for_a_short_bound_only() -> None:

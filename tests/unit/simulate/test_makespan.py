@@ -69,6 +69,22 @@ def test_no_schedule_beats_the_lower_bound(
     assert best_s <= world.report().makespan_s + 1e-6
 
 
+def test_nobody_who_does_not_know_the_future_is_within_a_tenth_of_the_best() -> None:
+    """
+    A job of each of two models waits, that of a is done, and a switch takes 10 s, the first one too.
+
+    Whenever a worker leaves for b, another job of a may come just then, or none at all; staying for ever ends nothing.
+    """
+    switch_s, moment = 10.0, 0.001
+    costs = dict.fromkeys("ab", make_costs(load_s=switch_s, wake_s=switch_s, job_s=moment))
+    waiting = [make_job(0, "a"), make_job(1, "b")]
+    if_none_s = best_makespan_s(World(jobs=waiting, costs=costs))
+    for left_s in (switch_s + step / 10 for step in range(1, 1000)):
+        one_more = World(jobs=[*waiting, make_job(2, "a", left_s + moment)], costs=costs)
+        takes_s = left_s + switch_s
+        assert max(takes_s / if_none_s, (takes_s + switch_s) / best_makespan_s(one_more)) > 1.36
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_makespan_is_near_the_lower_bound(kind: str) -> None:
     """

@@ -20,7 +20,7 @@ drawn_jobs = st.lists(
         st.sampled_from((0, 3, 9)),
         st.sampled_from("xyz"),
         st.integers(1, 9),
-        st.one_of(st.none(), st.integers(1, 200)),  # seconds until its deadline
+        st.one_of(st.none(), st.integers(1, 200)),  # seconds from the end of the trace to its deadline
         st.integers(0, 2),  # jobs that are taken when it has come
         st.sampled_from((None, 20.0, 90.0)),  # its own bound
     ),
@@ -34,11 +34,16 @@ drawn_jobs = st.lists(
 def test_jobs_are_served_in_the_order_of_the_real_backlog(
     drawn: list[tuple[int, int, str, int, int | None, int, float | None]],
 ) -> None:
-    """The reference is the one that the backlog in Redis is held to: levels, classes, fair shares, arrival."""
+    """
+    The reference is the one that the backlog in Redis is held to: levels, classes, fair shares, arrival.
+
+    No deadline passes: such jobs have left the real backlog.
+    """
+    ends = sum(gap for gap, *_ in drawn) + BOUND_S / 2
     jobs, at = [], 0.0
     for number, (gap, priority, tenant, size, deadline, _, own_s) in enumerate(drawn):
         at += gap
-        due = None if deadline is None else at + deadline
+        due = None if deadline is None else ends + deadline
         changes = {"priority": priority, "tenant": tenant, "deadline_s": due, "max_wait_s": own_s}
         jobs.append(make_job(number, "a", at, size=size, **changes))
     queue, reference = Queue(jobs, bytearray(len(jobs)), BOUND_S, by_arrival=False), Reference()
@@ -56,6 +61,16 @@ def test_jobs_are_served_in_the_order_of_the_real_backlog(
         reference.put(f"{number:03}", place)
         take(drawn[number][5], job.arrival_s)
     take(len(queue), at + BOUND_S / 2)
+
+
+def test_a_deadline_that_has_passed_presses_nobody() -> None:
+    """It binds from half of its time on, and until then it is over; a real worker ends such a job."""
+    for now, first in ((10.0, 0), (30.0, 1), (45.0, 0)):
+        jobs = [make_job(0, "a", 0.0), make_job(1, "a", 1.0, deadline_s=40.0)]
+        queue = Queue(jobs, bytearray(2), BOUND_S, by_arrival=False)
+        queue.put(0)
+        queue.put(1)
+        assert [queue.take(now), queue.take(now)] == [first, 1 - first]
 
 
 def test_a_tenant_with_many_jobs_does_not_hold_up_another() -> None:
@@ -107,8 +122,8 @@ def test_the_longest_job_that_is_level_with_the_first_overtakes(
 ) -> None:
     """If it is long enough, and the first one has no deadline that binds; as the backlog in Redis would let it."""
     jobs, places = [], {}
-    for number, (gap, priority, tenant, size, deadline, _, _) in enumerate(drawn):
-        due = None if deadline is None else 2.0 * gap + deadline
+    for number, (_, priority, tenant, size, deadline, _, _) in enumerate(drawn):
+        due = None if deadline is None else 2.0 * len(drawn) + deadline  # when all are taken, it has not passed
         jobs.append(make_job(number, "a", 0.0, size=size, priority=priority, tenant=tenant, deadline_s=due))
     queue, reference = Queue(jobs, bytearray(len(jobs)), BOUND_S, by_arrival=False, costs=make_costs()), Reference()
     for number, job in enumerate(jobs):
