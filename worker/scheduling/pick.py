@@ -133,7 +133,7 @@ def pick_turn(
     # (3) A turn just begun.
     for load in at_work:
         since = ready[load.model_id].since
-        until = since + min(min_turn_s, 2 * load.switch_s / _SWITCHING if load.switch_s else math.inf)
+        until = since + _kept_s(load, min_turn_s)
         if now < until and (kept := _keep(load, at_work, absent, ready, now=now, until=until, min_turn_s=min_turn_s)):
             return kept
 
@@ -171,6 +171,11 @@ def _keep(
     return _turn(begun, why, until=until, overload=_overload(go, stay))
 
 
+def _kept_s(load: Load, min_turn_s: float) -> float:
+    """Seconds for which a turn that has begun is kept: the shortest turn, or until it has paid for its switches."""
+    return min(min_turn_s, 2 * load.switch_s / _SWITCHING if load.switch_s else math.inf)
+
+
 def _drain_s(current: Load, ready: Mapping[str, Resident]) -> float:
     """Seconds until its jobs in flight have ended: the longest of many."""
     in_flight = ready[current.model_id].in_flight
@@ -183,7 +188,7 @@ def _next_turn(absent: Sequence[Load], *, now: float, min_turn_s: float) -> Turn
 
     # (4) The bound.
     due = min(absent, key=by_due)
-    go, stay = outlook.go(due), outlook.go(absent[0], least_s=min_turn_s)
+    go, stay = outlook.go(due), outlook.go(absent[0], least_s=_kept_s(absent[0], min_turn_s))
     if due is not absent[0] and is_better(go, stay):
         return _due_turn(due, go, now)
     overload = _overload(go, stay)
@@ -236,7 +241,7 @@ def _stay_or_leave(
     if urgent.job_class < current.job_class:
         if now < paid_at(urgent):
             until = min(until, paid_at(urgent))
-        elif not harms(outlook.go(urgent, least_s=min_turn_s), best, urgent.job_class):
+        elif not harms(outlook.go(urgent, least_s=_kept_s(urgent, min_turn_s)), best, urgent.job_class):
             return _turn(urgent, f"{urgent.count} of its jobs wait, some more urgent than any of {current.model_id}")
 
     # (7) Collate.
@@ -262,8 +267,8 @@ def _find_deadline(outlook: Outlook, best: Foreseen, min_turn_s: float) -> tuple
     """
     Find the absent model whose deadline binds first, and what going there now would do to all deadlines.
 
-    None: no more of them are met than by staying; or a bound is broken that the *best* order for the bounds keeps. A
-    turn that has begun lasts *min_turn_s*, so the others wait for as long.
+    None: no more of them are met than by staying; or a bound is broken that the *best* order for the bounds keeps, as
+    a turn that has begun is kept for a while.
     """
     first = min(outlook.absent, key=lambda load: (load.start_by, load.model_id))
     if first.start_by == math.inf:
@@ -272,7 +277,7 @@ def _find_deadline(outlook: Outlook, best: Foreseen, min_turn_s: float) -> tuple
     if not is_better(meets, outlook.stay(deadlines=True)):
         return first, None
     job_class = min(first.groups, key=lambda group: group.start_by).job_class
-    return first, None if harms(outlook.go(first, least_s=min_turn_s), best, job_class) else meets
+    return first, None if harms(outlook.go(first, least_s=_kept_s(first, min_turn_s)), best, job_class) else meets
 
 
 def _late(foreseen: Foreseen) -> Lateness:
