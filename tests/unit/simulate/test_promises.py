@@ -143,19 +143,33 @@ def test_more_deadlines_are_met_than_by_collation() -> None:
     assert ours <= 0.9 * plain
 
 
-feasible = st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 6000, width=16)), min_size=1, max_size=60)
+feasible = st.lists(
+    st.tuples(
+        st.sampled_from("abc"),
+        st.floats(0, 6000, width=16),
+        st.sampled_from((0, 3, 9)),
+        st.one_of(st.none(), st.integers(1, 1000)),  # seconds until its deadline
+    ),
+    min_size=1,
+    max_size=60,
+)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(feasible, st.integers(1, 5), st.integers(0, 20))
-def test_the_bound_holds_where_the_load_is_feasible(drawn: list[tuple[str, float]], job_s: int, wake_s: int) -> None:
+def test_the_bound_holds_where_the_load_is_feasible(
+    drawn: list[tuple[str, float, int, int | None]], job_s: int, wake_s: int
+) -> None:
     """
     All there is to do, with a switch for each model, fits into the bound: nobody waits longer.
 
-    Whatever comes when, and however often a model would have to come back.
+    Whatever comes when, however often a model would have to come back, and however urgent others are.
     """
     costs = {model: make_costs(load_s=wake_s + 10, wake_s=wake_s, job_s=job_s) for model in "abc"}
-    jobs = [make_job(n, model, at) for n, (model, at) in enumerate(sorted(drawn, key=lambda row: row[1]))]
+    jobs = [
+        make_job(n, model, at, priority=priority, deadline_s=None if deadline is None else at + deadline)
+        for n, (model, at, priority, deadline) in enumerate(sorted(drawn, key=lambda row: row[1]))
+    ]
     bound_s = len(jobs) * job_s + 3 * (wake_s + 10) + 3 * wake_s
     assert World(jobs=jobs, costs=costs).report(max_wait_s=bound_s).bound_violations == 0
 
