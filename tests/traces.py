@@ -127,7 +127,7 @@ def make_starvation(seed: int, *, load: float = 1.0, minutes: int = 90) -> World
 
 def make_mixed(seed: int, *, count: int = 15_000) -> World:
     """
-    5 models at loads of 0.7-0.9, with loads of 10-60 s, wakes of 1-10 s, jobs of 0.3-3 s, 1-16 at once.
+    5 models, first loads of 10-60 s, wakes of 1-10 s, jobs of 0.3-3 s, 1-16 at once; busy for 0.7-0.9 of the time.
 
     Each job is of one of three classes and twenty tenants; three of ten have a deadline in 1-20 minutes.
     """

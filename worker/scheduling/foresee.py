@@ -211,10 +211,10 @@ def is_better(other: Foreseen, than: Foreseen) -> bool:
 
 def harms(other: Foreseen, otherwise: Foreseen, job_class: int) -> bool:
     """
-    Does the order behind *other* make jobs later for the sake of *job_class*, who would be on time *otherwise*?
+    Does the order behind *other*, taken for the sake of *job_class*, cost somebody his bound?
 
-    Or later than they would be, if they are as urgent or more so. The bound of those that are less urgent and late
-    either way gives way.
+    It does if a class is later by it than *otherwise*, and would be on time then (but for LITTLE), or is as urgent as
+    *job_class* or more so. A less urgent class that is late either way has no claim.
     """
     pairs = enumerate(zip(other.late, otherwise.late, strict=True))
     return any(late > its and (its <= LITTLE or one <= job_class) for one, (late, its) in pairs)

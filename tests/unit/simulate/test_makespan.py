@@ -74,6 +74,7 @@ def test_nobody_who_does_not_know_the_future_is_within_a_tenth_of_the_best() -> 
     A job of each of two models waits, that of a is done, and a switch takes 10 s, the first one too.
 
     Whenever a worker leaves for b, another job of a may come just then, or none at all; staying for ever ends nothing.
+    This is about every trace together and decisions without dice: it does not say which random trace is out of reach.
     """
     switch_s, moment = 10.0, 0.001
     costs = dict.fromkeys("ab", make_costs(load_s=switch_s, wake_s=switch_s, job_s=moment))
